@@ -1,0 +1,5 @@
+"""``python -m flowbuffer``."""
+
+from flowbuffer.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""Every error that flowbuffer raises.
+
+    FlowbufferError
+    ├── SettingError            also a ValueError: a setting out of its range
+    ├── InvalidPoint            also a ValueError: the caller's key, value, step or timestamp
+    ├── SpoolError              also an OSError: the spool cannot be used as it is
+    │   ├── SpoolFull           no room for another point (see ``when_full``)
+    │   └── SpoolFormatError    bytes that this version cannot read
+    ├── WaitTimeout             also a TimeoutError: time was up before delivery
+    ├── DeliveryError           a handle's points are not, and will not be, in the backend
+    └── TransportError          what a tracking server answered; never raised in a training loop
+        ├── RetriableError      the same request may succeed later
+        ├── UnauthorisedError   401, 403: someone has to renew the credentials
+        ├── RunGoneError        404, a deleted run: nothing of this run can be stored
+        ├── TooLargeError       413: the same points may fit in smaller requests
+        └── RejectedError       any other 4xx: the content is at fault
+
+A :class:`TransportError` carries what the sender needs to decide; nobody matches on its text.
+"""
+
+from __future__ import annotations
+
+
+class FlowbufferError(Exception):
+    """The base of every error raised by flowbuffer."""
+
+
+class SettingError(FlowbufferError, ValueError):
+    """A setting is not what it may be; the message names it, its value and what is allowed."""
+
+
+class InvalidPoint(FlowbufferError, ValueError):
+    """A key, value, step or timestamp that cannot be logged. No other point is affected."""
+
+
+class SpoolError(FlowbufferError, OSError):
+    """The spool cannot be used as it is; the message names the path and what would help."""
+
+
+class SpoolFull(SpoolError):
+    """There is no room for another point within ``max_spool_bytes``, or on the disk."""
+
+
+class SpoolFormatError(SpoolError):
+    """A spool file holds bytes that this version cannot read; the file was left alone."""
+
+
+class WaitTimeout(FlowbufferError, TimeoutError):
+    """Time was up before everything waited for was delivered. Nothing is lost by it."""
+
+
+class DeliveryError(FlowbufferError):
+    """Points of a handle are not, and will not be, in the backend; the message says why."""
+
+
+class TransportError(FlowbufferError):
+    """A request failed.
+
+    Args:
+        reason: What the server, or the connection to it, said.
+        retry_after_s: How many seconds the server asked to be left alone; ``None`` if it did not.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[TransportError], tuple[str, float | None]]:
+        return type(self), (self.reason, self.retry_after_s)
+
+
+class RetriableError(TransportError):
+    """The same request may succeed later: no connection, time-out, 408, 429, 5xx."""
+
+
+class UnauthorisedError(TransportError):
+    """401 or 403: it succeeds once the credentials are renewed."""
+
+
+class RunGoneError(TransportError):
+    """404, or the run is deleted: nothing can be stored in this run."""
+
+
+class TooLargeError(TransportError):
+    """413: the same points may fit in smaller requests."""
+
+
+class RejectedError(TransportError):
+    """Any other 4xx: something in the request will never be accepted."""

@@ -1,0 +1,137 @@
+"""What happens when a job or a run ends: everything that logs is closed first, in bounded time.
+
+Covered are the normal end of the process, an uncaught exception and ``sys.exit`` (``atexit``, and
+before it the moment when the interpreter joins its threads, which is all that a child of
+``multiprocessing`` has), SIGTERM where nobody else handles it, and the end of an MLflow run. No
+promise rests on any of them: what they do not reach is in the spool.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any, Protocol
+
+
+class EndsWithJob(Protocol):
+    """What is flushed and closed at the end."""
+
+    @property
+    def run_id(self) -> str: ...
+
+    def flush(self, timeout: float | None = None) -> object: ...
+
+    def end(self) -> None:
+        """Flush and close within ``shutdown_timeout_s``, and say what was left."""
+
+    def end_of_run(self) -> None:
+        """Flush within ``shutdown_timeout_s``, and say what was left."""
+
+
+_watched: list[EndsWithJob] = []
+_installed = False
+_lock = threading.RLock()
+
+
+def watch(logger: EndsWithJob) -> None:
+    """Flush and close ``logger`` at the end of the job, and flush it at the end of its run."""
+    with _lock:
+        if logger not in _watched:
+            _watched.append(logger)
+        _install()
+    _handle_sigterm()
+
+
+def unwatch(logger: EndsWithJob) -> None:
+    """The logger was closed."""
+    with _lock:
+        if logger in _watched:
+            _watched.remove(logger)
+
+
+def flush_run(run_id: str) -> None:
+    """Flush what logs to a run; it is about to be marked ended."""
+    for logger in _watched:
+        if logger.run_id == run_id:
+            logger.end_of_run()
+
+
+def _install() -> None:
+    """Once per process, and inherited by forked children."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    atexit.register(_end)
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        # Called last registered first; what executors registered must come after ours.
+        import concurrent.futures.thread  # noqa: F401
+
+        register(_flush_all)
+    _flush_before_set_terminated()
+
+
+def _flush_all() -> None:
+    """The main thread is done; others may still log, so nothing is closed yet."""
+    for logger in _watched:
+        logger.end_of_run()
+
+
+def _end() -> None:
+    for logger in _watched:
+        logger.end()
+
+
+def _handle_sigterm() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def _on_sigterm(number: int, _frame: FrameType | None) -> None:
+    """Deliver what is pending, then end as SIGTERM ends a process that does not handle it."""
+    try:
+        _end()
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def _flush_before_set_terminated() -> None:
+    """Every way to end a run, fluent or by client, goes through ``set_terminated``."""
+    from mlflow.tracking._tracking_service.client import TrackingServiceClient
+
+    original = TrackingServiceClient.set_terminated
+
+    def set_terminated(self: Any, run_id: str, *args: Any, **kwargs: Any) -> Any:
+        flush_run(run_id)
+        return original(self, run_id, *args, **kwargs)
+
+    set_terminated.__doc__ = original.__doc__
+    TrackingServiceClient.set_terminated = set_terminated
+
+
+def _forget_after_fork() -> None:
+    """In a forked child nothing is pending, and SIGTERM ends it as it would have."""
+    global _lock
+    _lock = threading.RLock()
+    _watched.clear()
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is _on_sigterm
+    ):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def tell(text: str) -> None:
+    """One line for the person who started the job."""
+    print(f"flowbuffer: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,549 @@
+"""The public door: :class:`MetricLogger`, :class:`Report` and :class:`Stats`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from flowbuffer import job_end
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.errors import FlowbufferError, InvalidPoint
+from flowbuffer.handle import Handle
+from flowbuffer.settings import (
+    Settings,
+    environment_experiment,
+    environment_rank,
+    environment_run_id,
+)
+from flowbuffer.spool.points import Number
+from flowbuffer.spool.producer import Producer
+
+if TYPE_CHECKING:
+    import numpy.typing
+
+    from flowbuffer.collector import Collector, Stream
+    from flowbuffer.passthrough import PassThrough
+
+_log = logging.getLogger("flowbuffer")
+
+#: A wait at the end shows its progress on a terminal once it took this long, in s.
+_SHOW_PROGRESS_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of the points that a logger was given.
+
+    Attributes:
+        delivered: Points in the backend.
+        rejected: Points that the server refused for good; they are dead letters in the spool.
+        pending: Points in the spool that are to be delivered.
+        dropped: Points that were never stored, by reason: ``spool_full`` (``when_full``),
+            ``invalid`` (``strict=False``).
+        seconds: How long the call that made this report took.
+    """
+
+    delivered: int = 0
+    rejected: int = 0
+    pending: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats(Report):
+    """A :class:`Report` of a logger at work.
+
+    Attributes:
+        lag_s: The age of the oldest point that was not read from the spool yet, in s; 0 if none.
+        backlog_bytes: What the whole spool takes on the disk, in bytes.
+        ties_moved: Points that were moved in time so that order holds.
+        ties_moved_most_ms: By how much at most, in ms.
+        retries: Requests that were sent again.
+        last_error: What the last request failed with; empty after a success.
+    """
+
+    lag_s: float = 0.0
+    backlog_bytes: int = 0
+    ties_moved: int = 0
+    ties_moved_most_ms: int = 0
+    retries: int = 0
+    last_error: str = ""
+
+
+class MetricLogger:
+    """Logs metrics to one MLflow run, from any thread, at about a microsecond a point.
+
+    A point is safe when the call returns: it is in a mapped file, from where it is delivered even
+    if this process is killed. Nothing that the server does raises in the calls that log.
+
+    Args:
+        run_id: The run. None means MLflow's active run, else ``MLFLOW_RUN_ID``, else a run is
+            started, and ended by :meth:`close`.
+        tracking_uri: As MLflow takes it. None means MLflow's current one.
+        settings: None means :meth:`Settings.from_env`.
+
+    Raises:
+        SettingError: A setting is out of its range.
+        SpoolError: The spool cannot be used; the message says what would help.
+    """
+
+    def __init__(
+        self,
+        run_id: str | None = None,
+        *,
+        tracking_uri: str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        import mlflow
+
+        self._settings = Settings.from_env() if settings is None else settings
+        self._uri = tracking_uri or mlflow.get_tracking_uri()
+        self._run_id, self._owns_run = _find_run(run_id, tracking_uri)
+        self._ended = False
+        self._opening = threading.RLock()
+        self._warned: set[str] = set()
+        self._invalid = itertools.count()
+        self._invalid_count = 0
+        self._stream: Stream | None = None
+        self._collector: Collector | None = None
+        self._producer: Producer | PassThrough | None = None
+        _loggers.add(self)
+        self._open()
+
+    @property
+    def run_id(self) -> str:
+        """The run that this logger logs to."""
+        return self._run_id
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in use."""
+        return self._settings
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._ended
+
+    # What the training loop calls. The attributes that begin with _append are the producer's
+    # methods; see _open.
+
+    def log_metric(
+        self, key: str, value: Number, step: int | None = None, timestamp: int | None = None
+    ) -> Handle:
+        """Log one point.
+
+        Args:
+            key: As MLflow takes it: letters, digits, spaces and ``_ - . : /``, at most 250.
+            value: Anything with ``__float__``; NaN and infinities are values.
+            step: 64 bits, signed. None is 0, as in MLflow.
+            timestamp: ms since the epoch, from 0. None is the time of the call.
+
+        Raises:
+            InvalidPoint: An argument is none of that (``strict``). Nothing else is affected.
+            SpoolFull: There is no room in the spool (``when_full``).
+        """
+        return Handle((self._append(key, value, step, timestamp),))
+
+    def log_metrics(
+        self, metrics: Mapping[str, Number], step: int | None = None, timestamp: int | None = None
+    ) -> Handle:
+        """Log one point per key, all with one step and one time. The arguments are as in
+        :meth:`log_metric`.
+
+        Raises:
+            InvalidPoint: A key or value cannot be logged; the others were.
+            SpoolFull: There is no room in the spool (``when_full``).
+        """
+        return Handle(self._append_many(metrics, step, timestamp))
+
+    def log_series(
+        self,
+        key: str,
+        values: numpy.typing.ArrayLike,
+        steps: numpy.typing.ArrayLike | None = None,
+        timestamps: numpy.typing.ArrayLike | None = None,
+    ) -> Handle:
+        """Log many points of one key.
+
+        Args:
+            key: As in :meth:`log_metric`.
+            values: 1-D, n numbers; n may be 0.
+            steps: 1-D, n whole numbers. None counts from 0.
+            timestamps: 1-D, n times in ms since the epoch. None is the time of the call for all.
+
+        Raises:
+            InvalidPoint: An argument is none of that; nothing of the series was logged.
+            SpoolFull: There is no room in the spool (``when_full``).
+        """
+        return Handle(self._append_series(key, values, steps, timestamps))
+
+    # Waiting, telling, ending.
+
+    def flush(self, timeout: float | None = None) -> Report:
+        """Wait until everything that was logged before this call is delivered or rejected.
+
+        Args:
+            timeout: The most seconds to wait; None waits for as long as it takes, but not for a
+                run that is gone from the server.
+
+        Returns:
+            The counts of this logger; ``pending`` is 0 if everything was settled in time.
+        """
+        return self._flush(timeout, progress=False)
+
+    def stats(self) -> Stats:
+        """The counts of this logger, and how delivery is doing."""
+        counts = self._counts()
+        stream, collector = self._stream, self._collector
+        if stream is None or collector is None:
+            return Stats(**counts)
+        oldest_ms = stream.reader.oldest_unread_ms()
+        now_ms = SYSTEM_CLOCK.now_ns() // 1_000_000
+        failure = stream.sender.failure
+        return Stats(
+            **counts,
+            lag_s=0.0 if oldest_ms is None else max(now_ms - oldest_ms, 0) / 1000,
+            backlog_bytes=collector.spool.used_bytes(),
+            ties_moved=stream.source.ties.moved,
+            ties_moved_most_ms=stream.source.ties.moved_most_ms,
+            retries=stream.sender.retries,
+            last_error="" if failure is None else failure.reason,
+        )
+
+    def close(self, timeout: float | None = None) -> Report:
+        """Flush, then stop; the logger takes no more points. Closing again does nothing.
+
+        Args:
+            timeout: The most seconds to wait; None means ``shutdown_timeout_s``. What is not
+                delivered by then stays in the spool.
+        """
+        return self._close(timeout, "FINISHED")
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close(None, "FINISHED" if kind is None else "FAILED")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._run_id, self._uri, self._settings)
+
+    def __repr__(self) -> str:
+        return f"<MetricLogger of run {self._run_id}>"
+
+    # For job_end.
+
+    def end(self) -> None:
+        """Close at the end of the job, and say what was left."""
+        self._close(None, "FINISHED", progress=True)
+
+    def end_of_run(self) -> None:
+        """Flush at the end of the run, or of the job's main thread."""
+        if not self._ended:
+            self._flush(self._settings.shutdown_timeout_s, progress=True)
+
+    # How it works.
+
+    def _open(self) -> None:
+        """Make this process a producer of the run."""
+        if self._settings.enabled:
+            from flowbuffer.collector import POLL_S  # noqa: F401  (numpy is imported here, not later)
+
+            collector = _collector_of(self._settings)
+            self._collector = collector
+            spool = collector.spool
+            directory = spool.add_producer(_this_producer(self._run_id, self._uri))
+            producer = Producer(directory, spool, self._settings, SYSTEM_CLOCK, collector.hurry)
+            self._stream = collector.add(directory, self._uri, adopted=False)
+            collector.start()
+            self._use(producer)
+        else:
+            from flowbuffer.passthrough import PassThrough
+
+            self._use(PassThrough(self._run_id, self._uri, SYSTEM_CLOCK))
+        job_end.watch(self)
+
+    def _use(self, producer: Producer | PassThrough) -> None:
+        self._producer = producer
+        wrap = self._wrapped
+        self._append: Callable[..., Any] = wrap(producer.append, _nowhere)
+        self._append_many: Callable[..., Any] = wrap(producer.append_many, _nowhere_list)
+        self._append_series: Callable[..., Any] = wrap(producer.append_series, _nowhere_list)
+
+    def _wrapped(
+        self, append: Callable[..., Any], nowhere: Callable[[str], Any]
+    ) -> Callable[..., Any]:
+        """The producer's method, with what seldom-used settings add to it."""
+        if self._settings.enabled and self._settings.delivery == "inline":
+            append = self._delivering(append)
+        if not self._settings.strict:
+            append = self._lenient(append, nowhere)
+        return append
+
+    def _delivering(self, append: Callable[..., Any]) -> Callable[..., Any]:
+        def deliver(*args: Any) -> Any:
+            place = append(*args)
+            assert self._collector is not None
+            self._collector.drain()
+            return place
+
+        return deliver
+
+    def _lenient(
+        self, append: Callable[..., Any], nowhere: Callable[[str], Any]
+    ) -> Callable[..., Any]:
+        def forgive(what: Any, *args: Any) -> Any:
+            try:
+                return append(what, *args)
+            except InvalidPoint as error:
+                self._invalid_count = next(self._invalid) + 1
+                about = repr(what)[:100]
+                if about not in self._warned:
+                    self._warned.add(about)
+                    _log.warning("a point was not logged (strict=False): %s", error)
+                return nowhere(str(error))
+
+        return forgive
+
+    def _flush(self, timeout: float | None, *, progress: bool) -> Report:
+        start_s = time.monotonic()
+        producer, stream, collector = self._producer, self._stream, self._collector
+        if isinstance(producer, Producer) and stream is not None and collector is not None:
+            from flowbuffer.spool.reader import want
+
+            barrier = producer.barrier()
+            want(producer.directory.path / f"{barrier[0]:08d}.slots", barrier[1])
+            self._wait(
+                lambda: stream.done or stream.sender.gone or _is_settled(stream, barrier),
+                None if timeout is None else start_s + timeout,
+                progress=progress,
+            )
+        return Report(**self._counts(), seconds=time.monotonic() - start_s)
+
+    def _close(self, timeout: float | None, status: str, *, progress: bool = False) -> Report:
+        with self._opening:
+            if self._ended:
+                return Report(**self._counts())
+            self._ended = True
+        start_s = time.monotonic()
+        timeout = self._settings.shutdown_timeout_s if timeout is None else timeout
+        producer, stream, collector = self._producer, self._stream, self._collector
+        if isinstance(producer, Producer) and stream is not None and collector is not None:
+            producer.close()
+            stream.reader.finish(producer.barrier())
+            deadline_s = start_s + timeout
+            self._wait(lambda: stream.done or stream.sender.gone, deadline_s, progress=progress)
+            # What dead producers left is worth waiting for while it gets somewhere.
+            self._wait(
+                lambda: all(s.stuck for s in collector.streams if s.adopted),
+                deadline_s,
+                progress=progress,
+            )
+        self._append = self._append_many = self._append_series = _refuse
+        job_end.unwatch(self)
+        report = Report(**self._counts(), seconds=time.monotonic() - start_s)
+        if report.pending:
+            job_end.tell(
+                f"{report.pending} points of run {self._run_id} are not delivered yet. They are "
+                f"safe in {self._spool_dir}; deliver them with: "
+                f"flowbuffer sync --spool {self._spool_dir}"
+            )
+        if report.rejected or any(report.dropped.values()):
+            dropped = ", ".join(f"{count} dropped ({why})" for why, count in report.dropped.items())
+            job_end.tell(
+                f"run {self._run_id}: {report.rejected} points rejected"
+                + (f", {dropped}" if dropped else "")
+                + (f"; see rejected.jsonl in {self._spool_dir}" if report.rejected else "")
+            )
+        if self._owns_run:
+            self._end_run(status)
+        return report
+
+    def _wait(self, until: Callable[[], bool], deadline_s: float | None, *, progress: bool) -> None:
+        collector = self._collector
+        assert collector is not None
+        start_s = time.monotonic()
+        bar: Any = None
+        pause_s = 0.001
+        while not until():
+            now_s = time.monotonic()
+            if deadline_s is not None and now_s >= deadline_s:
+                break
+            if self._settings.delivery == "inline":
+                collector.drain()
+                pause_s = 0.05
+            collector.hurry()
+            if progress and now_s - start_s > _SHOW_PROGRESS_AFTER_S and sys.stderr.isatty():
+                bar = _shown(bar, self._counts())
+            SYSTEM_CLOCK.sleep(
+                pause_s if deadline_s is None else min(pause_s, max(deadline_s - now_s, 0))
+            )
+            pause_s = min(pause_s * 1.5, 0.05)
+        if bar is not None:
+            bar.close()
+
+    def _counts(self) -> dict[str, Any]:
+        producer, stream = self._producer, self._stream
+        dropped: Counter[str] = Counter()
+        if producer is not None:
+            dropped.update(producer.dropped)
+        if self._invalid_count:
+            dropped["invalid"] = self._invalid_count
+        if stream is None:
+            return {"delivered": getattr(producer, "stored", 0), "dropped": dict(dropped)}
+        reader = stream.reader
+        return {
+            "delivered": reader.delivered,
+            "rejected": reader.rejected,
+            "pending": 0 if stream.done else reader.on_their_way + reader.unread(),
+            "dropped": dict(dropped),
+        }
+
+    def _end_run(self, status: str) -> None:
+        import mlflow
+
+        active = mlflow.active_run()
+        if active is not None and active.info.run_id == self._run_id:
+            mlflow.end_run(status)
+        else:
+            mlflow.MlflowClient(self._uri).set_terminated(self._run_id, status)
+
+    @property
+    def _spool_dir(self) -> Path:
+        return self._settings.resolved_spool_dir()
+
+    # After a fork the child is another process: its first call makes it a producer of its own.
+
+    def _forget_after_fork(self) -> None:
+        self._opening = threading.RLock()
+        self._owns_run = False
+        self._producer = self._stream = self._collector = None
+        self._invalid_count = 0
+        if not self._ended:
+            self._append = self._reopening("_append")
+            self._append_many = self._reopening("_append_many")
+            self._append_series = self._reopening("_append_series")
+
+    def _reopening(self, name: str) -> Callable[..., Any]:
+        def reopen(*args: Any) -> Any:
+            with self._opening:
+                if self._producer is None:
+                    self._open()
+            return getattr(self, name)(*args)
+
+        return reopen
+
+
+def _nowhere(reason: str) -> str:
+    return reason
+
+
+def _nowhere_list(reason: str) -> list[str]:
+    return [reason]
+
+
+def _refuse(*_: Any) -> Any:
+    raise FlowbufferError("this logger is closed; a closed logger takes no more points")
+
+
+def _unpickled(run_id: str, tracking_uri: str, settings: Settings) -> MetricLogger:
+    return MetricLogger(run_id, tracking_uri=tracking_uri, settings=settings)
+
+
+def _shown(bar: Any, counts: dict[str, Any]) -> Any:
+    """A progress bar of what is pending: points, rate, time left."""
+    if bar is None:
+        from tqdm import tqdm
+
+        bar = tqdm(total=0, desc="flowbuffer: delivering", unit=" points", file=sys.stderr)
+        bar.start = counts["delivered"] + counts["rejected"]
+    settled = counts["delivered"] + counts["rejected"] - bar.start
+    bar.total = settled + counts["pending"]
+    bar.update(settled - bar.n)
+    return bar
+
+
+def _is_settled(stream: Stream, barrier: tuple[int, int]) -> bool:
+    from flowbuffer.spool.reader import committed_points, segments_before
+
+    segments = segments_before(stream.directory.path, barrier)
+    return not any(committed_points(path, end) for path, end in segments)
+
+
+def _this_producer(run_id: str, uri: str) -> Any:
+    from flowbuffer.spool.directory import this_producer
+    from flowbuffer.transport import absolute_uri, without_credentials
+
+    now_ms = SYSTEM_CLOCK.now_ns() // 1_000_000
+    return this_producer(run_id, without_credentials(absolute_uri(uri)), environment_rank(), now_ms)
+
+
+def _find_run(run_id: str | None, tracking_uri: str | None) -> tuple[str, bool]:
+    """The run to log to, and whether it was started here."""
+    import mlflow
+
+    if run_id is not None:
+        return run_id, False
+    active = mlflow.active_run()
+    if active is not None:
+        return active.info.run_id, False
+    named = environment_run_id()
+    if named is not None:
+        return named, False
+    if tracking_uri is None:
+        return mlflow.start_run().info.run_id, True
+    client = mlflow.MlflowClient(tracking_uri)
+    experiment_id, name = environment_experiment()
+    if experiment_id is None and name is not None:
+        found = client.get_experiment_by_name(name)
+        experiment_id = client.create_experiment(name) if found is None else found.experiment_id
+    return client.create_run(experiment_id or "0").info.run_id, True
+
+
+_loggers: weakref.WeakSet[MetricLogger] = weakref.WeakSet()
+_collectors: dict[tuple[Path, str], Collector] = {}
+_collectors_lock = threading.RLock()
+
+
+def _collector_of(settings: Settings) -> Collector:
+    """This process's collector of a spool; one for all loggers with the same settings."""
+    from flowbuffer.collector import Collector
+    from flowbuffer.spool.directory import Spool
+
+    root = settings.resolved_spool_dir()
+    with _collectors_lock:
+        at = (root, repr(settings))
+        if at not in _collectors:
+            _collectors[at] = Collector(Spool(root), settings, SYSTEM_CLOCK)
+        return _collectors[at]
+
+
+def _forget_after_fork() -> None:
+    global _collectors_lock
+    _collectors_lock = threading.RLock()
+    for collector in _collectors.values():
+        collector.forget_after_fork()
+    _collectors.clear()
+    for logger in list(_loggers):
+        logger._forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

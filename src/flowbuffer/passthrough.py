@@ -1,0 +1,61 @@
+"""``enabled=False``: the same calls, straight to MLflow, synchronously. Nothing is spooled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from flowbuffer.clock import Clock
+
+_MAX_BATCH = 1000
+
+
+class PassThrough:
+    """Stands in for a ``Producer``. Each call returns once MLflow stored it, or raises what MLflow
+    raised.
+    """
+
+    def __init__(self, run_id: str, tracking_uri: str, clock: Clock) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self.dropped: Counter[str] = Counter()
+        self.stored = 0
+        self._run_id = run_id
+        self._client = MlflowClient(tracking_uri=tracking_uri)
+        self._clock = clock
+
+    def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> None:
+        """``MlflowClient.log_metric``."""
+        self._client.log_metric(self._run_id, key, value, timestamp, step)
+        self.stored += 1
+
+    def append_many(
+        self, metrics: Mapping[str, Any], step: Any = None, timestamp: Any = None
+    ) -> list[None]:
+        """``MlflowClient.log_batch``."""
+        time = self._now_ms() if timestamp is None else timestamp
+        self._log([(key, value, time, step or 0) for key, value in metrics.items()])
+        return []
+
+    def append_series(
+        self, key: str, values: Any, steps: Any = None, timestamps: Any = None
+    ) -> list[None]:
+        """``MlflowClient.log_batch``, as often as it takes."""
+        count = len(values)
+        all_steps = range(count) if steps is None else steps
+        times = [self._now_ms()] * count if timestamps is None else timestamps
+        columns = zip(values, times, all_steps, strict=True)
+        self._log([(key, value, int(time), int(step)) for value, time, step in columns])
+        return []
+
+    def _log(self, points: list[tuple[str, Any, int, int]]) -> None:
+        from mlflow.entities import Metric
+
+        for first in range(0, len(points), _MAX_BATCH):
+            metrics = [Metric(*point) for point in points[first : first + _MAX_BATCH]]
+            self._client.log_batch(self._run_id, metrics=metrics)
+            self.stored += len(metrics)
+
+    def _now_ms(self) -> int:
+        return self._clock.now_ns() // 1_000_000

@@ -1,0 +1,39 @@
+"""When to send again. Pure: an error and the attempt in, seconds out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flowbuffer.errors import RunGoneError, TransportError, UnauthorisedError
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Full-jitter backoff (AWS Architecture Blog, "Exponential Backoff And Jitter").
+
+    Args:
+        first_s: The longest wait after the first failure; doubled after each one.
+        most_s: The longest wait at all, unless the server asks for more.
+        unauthorised_s: The wait while credentials are refused.
+        gone_s: The wait before a run that is gone is tried again; it may be restored.
+        uniform: Draws a float between two; replaced in tests.
+    """
+
+    first_s: float = 0.25
+    most_s: float = 30.0
+    unauthorised_s: float = 30.0
+    gone_s: float = 300.0
+    uniform: Callable[[float, float], float] = random.uniform
+
+    def wait_s(self, error: TransportError, attempt: int) -> float:
+        """Seconds to wait after failure number ``attempt`` (1 is the first)."""
+        asked_s = error.retry_after_s or 0.0
+        if isinstance(error, RunGoneError):
+            return max(self.gone_s, asked_s)
+        if isinstance(error, UnauthorisedError):
+            return max(self.unauthorised_s, asked_s)
+        ceiling_s = min(self.most_s, self.first_s * 2 ** min(attempt - 1, 30))
+        # The server knows its own load; jitter comes on top, so that clients do not return at once.
+        return asked_s + self.uniform(0.0, ceiling_s)

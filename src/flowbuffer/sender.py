@@ -1,0 +1,340 @@
+"""Delivery of one run: read, batch, send, mark. One :meth:`Sender.step` does one round.
+
+The sender never waits and has no thread of its own. Requests end on some thread of the transport,
+which leaves the outcome for the next step; everything else happens in ``step``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flowbuffer.clock import Clock
+from flowbuffer.errors import (
+    RejectedError,
+    RunGoneError,
+    TooLargeError,
+    TransportError,
+    UnauthorisedError,
+)
+from flowbuffer.ordering import ROW, Backlog, Rows, TieRule
+from flowbuffer.retry import RetryPolicy
+from flowbuffer.settings import Settings
+from flowbuffer.spool.layout import COMMITTED
+from flowbuffer.spool.reader import Block, Reader
+from flowbuffer.transport import Request, Transport
+
+_log = logging.getLogger("flowbuffer")
+
+#: The most points that are read ahead of their delivery; bounds the sender's memory (44 B each).
+WINDOW_POINTS = 131072
+
+
+@dataclass
+class Source:
+    """One producer of the run: its reader and its rule for ties."""
+
+    reader: Reader
+    ties: TieRule
+    key_numbers: dict[int, int] = field(default_factory=dict)  # from its key ids to the run's
+
+
+@dataclass
+class _Part:
+    """Points that go in one request.
+
+    ``blamed``: they are the second half of what the server rejected. Once the first half is stored
+    the fault must be in them, and sending them as a whole would be a request for nothing.
+    """
+
+    rows: Rows
+    blamed: bool = False
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Points on their way: one part or, once it was refused, several after one another."""
+
+    parts: deque[_Part]
+    keys: set[int]
+    attempt: int = 0
+    due_s: float = 0.0
+    sending: bool = False
+
+
+class Sender:
+    """Delivers the points of one run.
+
+    Args:
+        run_id: The run.
+        transport: Where batches go.
+        settings: ``linger_s`` and ``max_batch_size``.
+        clock: Decides when things are due.
+        wake: Called from any thread when :meth:`step` has something to do at once.
+        policy: When to send again.
+
+    Attributes:
+        retries: Requests that were sent again.
+        failure: What the last request failed with; None after a success.
+        gone: The run does not exist on the server, or is deleted; ``parked.json`` says so.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        transport: Transport,
+        settings: Settings,
+        clock: Clock,
+        wake: Callable[[], None],
+        policy: RetryPolicy | None = None,
+    ) -> None:
+        self.run_id = run_id
+        self.retries = 0
+        self.failure: TransportError | None = None
+        self.gone = False
+        self.sources: list[Source | None] = []
+        self._transport = transport
+        self._settings = settings
+        self._clock = clock
+        self._wake = wake
+        self._policy = policy or RetryPolicy()
+        self._keys: list[str] = []
+        self._key_numbers: dict[str, int] = {}
+        self._backlog = Backlog()
+        self._batches: list[_Batch] = []
+        self._busy: set[int] = set()
+        self._outcomes: queue.SimpleQueue[tuple[_Batch, TransportError | None]] = (
+            queue.SimpleQueue()
+        )
+        self._not_before_s = -math.inf
+
+    def add(self, reader: Reader) -> Source:
+        """Deliver what ``reader`` reads, too."""
+        source = Source(reader, TieRule(reader.carry))
+        self.sources.append(source)
+        return source
+
+    def remove(self, source: Source) -> None:
+        """Forget a source of which everything is settled."""
+        self.sources[self.sources.index(source)] = None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is on its way or waiting in memory."""
+        return not self._batches and not self._backlog.count
+
+    def step(self, *, hurry: bool = False) -> float:
+        """One round. Returns the seconds until something is due; infinity if nothing is known.
+
+        Args:
+            hurry: Send what is there even if it is little and young.
+        """
+        while not self._outcomes.empty():
+            self._settle(*self._outcomes.get())
+        now_s = self._clock.monotonic_s()
+        read = self._read(now_s)
+        hurry = hurry or any(source.reader.hurried() for source in self._live())
+        next_s = self._send(now_s, hurry)
+        if read or not self._outcomes.empty():
+            return 0.0
+        if hurry and any(source.reader.has_unripe for source in self._live()):
+            return 0.001
+        return next_s
+
+    # Reading.
+
+    def _live(self) -> list[Source]:
+        return [source for source in self.sources if source is not None]
+
+    def _read(self, now_s: float) -> bool:
+        """Read from each source while the window has room; True if anything came."""
+        any_read = False
+        for number, source in enumerate(self.sources):
+            if source is None:
+                continue
+            room = WINDOW_POINTS - sum(s.reader.on_their_way for s in self._live())
+            if room > 0:
+                block = source.reader.read(room)
+                if block is not None:
+                    any_read = True
+                    self._take(number, source, block, now_s)
+            source.reader.retire()
+        return any_read
+
+    def _take(self, number: int, source: Source, block: Block, now_s: float) -> None:
+        time = source.ties.apply(block)
+        if block.ends_segment:
+            source.reader.keep(block.segment, source.ties.state())
+        pending = np.flatnonzero(block.state == COMMITTED)
+        rows = np.empty(len(pending), ROW)
+        rows["source"], rows["segment"] = number, block.segment
+        rows["slot"], rows["time"] = block.slot[pending], time[pending]
+        rows["step"], rows["value"] = block.step[pending], block.value[pending]
+        identities, inverse = np.unique(block.key[pending], return_inverse=True)
+        numbers = [self._key_number(source, identity) for identity in identities.tolist()]
+        rows["key"] = np.array(numbers, np.int32)[inverse] if numbers else 0
+        self._backlog.add(rows, now_s)
+
+    def _key_number(self, source: Source, identity: int) -> int:
+        known = source.key_numbers.get(identity)
+        if known is None:
+            key = source.reader.key(identity)
+            known = self._key_numbers.setdefault(key, len(self._keys))
+            if known == len(self._keys):
+                self._keys.append(key)
+            source.key_numbers[identity] = known
+        return known
+
+    # Sending.
+
+    def _send(self, now_s: float, hurry: bool) -> float:
+        if now_s < self._not_before_s:
+            return self._not_before_s - now_s
+        next_s = math.inf
+        for batch in self._batches:
+            if not batch.sending:
+                if batch.due_s <= now_s:
+                    self._request(batch)
+                else:
+                    next_s = min(next_s, batch.due_s - now_s)
+        size = self._settings.max_batch_size
+        while len(self._batches) < self._transport.max_in_flight:
+            count, since_s = self._backlog.ready(self._busy)
+            due_s = since_s + self._settings.linger_s
+            if not count:
+                break
+            if count < size and not hurry and due_s > now_s:
+                next_s = min(next_s, due_s - now_s)
+                break
+            rows = self._backlog.take(size, self._busy)
+            batch = _Batch(deque([_Part(rows)]), set(np.unique(rows["key"]).tolist()))
+            self._batches.append(batch)
+            self._busy |= batch.keys
+            self._request(batch)
+        return next_s
+
+    def _request(self, batch: _Batch) -> None:
+        rows = batch.parts[0].rows
+        request = Request(
+            self.run_id,
+            [self._keys[number] for number in rows["key"].tolist()],
+            rows["value"].tolist(),
+            rows["time"].tolist(),
+            rows["step"].tolist(),
+        )
+        batch.sending = True
+        self.retries += batch.attempt > 0
+
+        def done(error: TransportError | None) -> None:
+            self._outcomes.put((batch, error))
+            self._wake()
+
+        self._transport.send(request, done)
+
+    # What became of a request.
+
+    def _settle(self, batch: _Batch, error: TransportError | None) -> None:
+        batch.sending = False
+        if error is None:
+            self._stored(batch)
+        elif isinstance(error, (RejectedError, TooLargeError)):
+            self._refused(batch, error)
+        else:
+            self._failed(batch, error)
+
+    def _stored(self, batch: _Batch) -> None:
+        if self.failure is not None and not isinstance(self.failure, RejectedError):
+            _log.warning("run %s: delivery goes on", self.run_id)
+        self.failure = None
+        if self.gone:
+            self._park(None)
+        batch.attempt = 0
+        self._mark(batch.parts.popleft().rows)
+        self._next_part(batch)
+
+    def _refused(self, batch: _Batch, error: TransportError) -> None:
+        """Split down to the point at fault; it alone is a dead letter."""
+        batch.attempt = 0
+        for part in batch.parts:
+            part.blamed = False  # the fault is in the first part; in others there need be none
+        rows = batch.parts[0].rows
+        if len(rows) > 1:
+            self._split(batch, blame=isinstance(error, RejectedError))
+        else:
+            self._reject(rows, error)
+            batch.parts.popleft()
+        self._next_part(batch)
+
+    def _split(self, batch: _Batch, *, blame: bool) -> None:
+        rows = batch.parts.popleft().rows
+        half = (len(rows) + 1) // 2
+        batch.parts.extendleft([_Part(rows[half:], blamed=blame), _Part(rows[:half])])
+
+    def _next_part(self, batch: _Batch) -> None:
+        if not batch.parts:
+            self._batches.remove(batch)
+            self._busy -= batch.keys
+            return
+        while batch.parts[0].blamed and len(batch.parts[0].rows) > 1:
+            self._split(batch, blame=True)  # as a whole it would be refused
+        batch.due_s = self._clock.monotonic_s()
+
+    def _failed(self, batch: _Batch, error: TransportError) -> None:
+        now_s = self._clock.monotonic_s()
+        batch.attempt += 1
+        wait_s = self._policy.wait_s(error, batch.attempt)
+        batch.due_s = now_s + wait_s
+        if error.retry_after_s or isinstance(error, (UnauthorisedError, RunGoneError)):
+            self._not_before_s = max(self._not_before_s, batch.due_s)
+        if type(self.failure) is not type(error):
+            _log.warning(
+                "run %s: delivery is held up and goes on trying; the points are safe in the spool: "
+                "%s", self.run_id, error.reason,
+            )  # fmt: skip
+        self.failure = error
+        if isinstance(error, RunGoneError):
+            self._park(error.reason)
+
+    def _park(self, reason: str | None) -> None:
+        """Tell whoever looks at the spool that the run takes no points, or does so again."""
+        self.gone = reason is not None
+        for source in self._live():
+            source.reader.park(reason)
+
+    def _mark(self, rows: Rows, *, rejected: bool = False) -> None:
+        for number in np.unique(rows["source"]).tolist():
+            source = self.sources[number]
+            assert source is not None
+            own = rows[rows["source"] == number]
+            for segment in np.unique(own["segment"]).tolist():
+                slots = own["slot"][own["segment"] == segment]
+                source.reader.mark(segment, slots, rejected=rejected)
+
+    def _reject(self, rows: Rows, error: TransportError) -> None:
+        row: Any = rows[0]
+        source = self.sources[int(row["source"])]
+        assert source is not None
+        value = float(row["value"])
+        key = self._keys[int(row["key"])]
+        source.reader.dead_letter(
+            {
+                "run_id": self.run_id,
+                "key": key,
+                "value": value if math.isfinite(value) else str(value),
+                "step": int(row["step"]),
+                "timestamp": int(row["time"]),
+                "reason": error.reason,
+                "segment": int(row["segment"]),
+                "slot": int(row["slot"]),
+            }
+        )
+        self._mark(rows, rejected=True)
+        self.failure = error
+        _log.warning("run %s: a point of %r was rejected: %s", self.run_id, key, error.reason)

