@@ -46,7 +46,8 @@ class Settings:
     delivery: Literal["thread", "inline"] = _choice(
         "thread",
         ("thread", "inline"),
-        "Who sends: `thread`, a daemon thread of this process; `inline`, the call itself (debugging).",
+        "Who sends: `thread`, a daemon thread of this process; `inline`, the call itself, "
+        "for debugging.",
     )
     spool_dir: Path | None = _setting(
         None,

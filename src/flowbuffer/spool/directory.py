@@ -23,8 +23,8 @@ from flowbuffer.spool.layout import FORMAT_VERSION
 
 #: Where flock, shared mappings or reserved blocks do not hold what the spool needs of them.
 REMOTE_FILE_SYSTEMS = frozenset(
-    ["9p", "afs", "beegfs", "ceph", "cifs", "davfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs"]
-    + ["nfs", "nfs4", "ocfs2", "smb3", "smbfs"]
+    {"9p", "afs", "beegfs", "ceph", "cifs", "davfs", "gfs2", "glusterfs", "gpfs", "lustre"}
+    | {"ncpfs", "nfs", "nfs4", "ocfs2", "smb3", "smbfs"}
 )
 _MOVE_IT = "set FLOWBUFFER_SPOOL_DIR (spool_dir) to a folder on a local disk or tmpfs"
 

@@ -37,7 +37,8 @@ def checked_key(key: object) -> str:
         raise InvalidPoint(f"the key {key!r} is a {type(key).__name__}; it must be a str")
     if len(key) > MAX_KEY_LENGTH:
         raise InvalidPoint(
-            f"the key {key[:40]!r}... has {len(key)} characters; at most {MAX_KEY_LENGTH} are allowed"
+            f"the key {key[:40]!r}... has {len(key)} characters; "
+            f"at most {MAX_KEY_LENGTH} are allowed"
         )
     if not _KEY.fullmatch(key):
         raise InvalidPoint(

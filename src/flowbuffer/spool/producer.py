@@ -368,8 +368,9 @@ class Producer:
             except BaseException as error:
                 os.ftruncate(self._journal, position)
                 if isinstance(error, OSError):
+                    folder = segment.path.parent
                     raise SpoolFull(
-                        f"no room for a series of {len(frame)} bytes at {segment.path.parent}: {error}"
+                        f"no room for {len(frame)} bytes in {folder}: {error}"
                     ) from error
                 raise
             self._journal_bytes += len(frame)
