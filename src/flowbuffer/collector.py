@@ -77,6 +77,7 @@ class Collector:
         self._transports: dict[str, Transport] = {}
         self._senders: dict[tuple[str, str], Sender] = {}
         self._uris: dict[str, str] = {}  # with credentials, by the URI without
+        self._broken: set[Sender] = set()
         self._left: set[Path] = set()  # folders to be left alone
         self._adopt_at_s = -math.inf
         self._wake = threading.Event()
@@ -107,8 +108,8 @@ class Collector:
 
     def drain(self) -> None:
         """Step until nothing is due at once; for ``inline``, where nobody else steps."""
-        while self.step(hurry=True) < POLL_S:
-            pass
+        while (next_s := self.step(hurry=True)) < POLL_S:
+            self._clock.sleep(next_s)
 
     def step(self, *, hurry: bool = False) -> float:
         """One round for every run. Returns the seconds until the next one is worthwhile."""
@@ -119,7 +120,7 @@ class Collector:
                 self._adopt()
             next_s = math.inf
             for sender in list(self._senders.values()):
-                next_s = min(next_s, sender.step(hurry=hurry or self._all_finished(sender)))
+                next_s = min(next_s, self._step(sender, hurry))
             for stream in [stream for stream in self.streams if stream.reader.settled]:
                 self._let_go(stream)
             return min(next_s, self._adopt_at_s - now_s)
@@ -130,15 +131,25 @@ class Collector:
         self.streams.clear()
         self._thread = None
 
-    def _all_finished(self, sender: Sender) -> bool:
-        return all(source is None or source.reader.finished for source in sender.sources)
+    def _step(self, sender: Sender, hurry: bool) -> float:
+        """One round for one run; what fails there stays there."""
+        finished = all(source is None or source.reader.finished for source in sender.sources)
+        try:
+            return sender.step(hurry=hurry or finished)
+        except Exception:
+            if sender not in self._broken:
+                self._broken.add(sender)
+                _log.exception(
+                    "run %s: delivery failed; its points stay in the spool", sender.run_id
+                )
+            return 1.0
 
     def _run(self) -> None:
         while True:
             try:
                 next_s = min(self.step(), POLL_S)
             except Exception:
-                _log.exception("delivery failed unexpectedly; the points are safe in the spool")
+                _log.exception("delivery failed; the points stay in the spool")
                 next_s = 1.0
             if next_s > 0:
                 self._clock.wait(self._wake, next_s)

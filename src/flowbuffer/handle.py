@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -65,6 +64,8 @@ class Handle(tuple[Any, ...]):
         return self._wait_async().__await__()
 
     async def _wait_async(self) -> None:
+        import asyncio  # half of flowbuffer's import time, if imported above
+
         for pause_s in self._pauses():
             done, error = self._outcome()
             if error is not None:

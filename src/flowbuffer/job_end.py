@@ -13,8 +13,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.settings import Settings
 
 
 class EndsWithJob(Protocol):
@@ -23,13 +27,14 @@ class EndsWithJob(Protocol):
     @property
     def run_id(self) -> str: ...
 
-    def flush(self, timeout: float | None = None) -> object: ...
+    @property
+    def settings(self) -> Settings: ...
 
-    def end(self) -> None:
-        """Flush and close within ``shutdown_timeout_s``, and say what was left."""
+    def flush_at_end(self, timeout: float) -> None:
+        """Flush within ``timeout`` seconds, showing progress."""
 
-    def end_of_run(self) -> None:
-        """Flush within ``shutdown_timeout_s``, and say what was left."""
+    def close_at_end(self, timeout: float) -> None:
+        """Flush and close within ``timeout`` seconds, and say what was left."""
 
 
 _watched: list[EndsWithJob] = []
@@ -55,9 +60,9 @@ def unwatch(logger: EndsWithJob) -> None:
 
 def flush_run(run_id: str) -> None:
     """Flush what logs to a run; it is about to be marked ended."""
-    for logger in _watched:
+    for logger in list(_watched):
         if logger.run_id == run_id:
-            logger.end_of_run()
+            logger.flush_at_end(logger.settings.shutdown_timeout_s)
 
 
 def _install() -> None:
@@ -66,7 +71,7 @@ def _install() -> None:
     if _installed:
         return
     _installed = True
-    atexit.register(_end)
+    atexit.register(_close_all)
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
         # Called last registered first; what executors registered must come after ours.
@@ -78,13 +83,24 @@ def _install() -> None:
 
 def _flush_all() -> None:
     """The main thread is done; others may still log, so nothing is closed yet."""
-    for logger in _watched:
-        logger.end_of_run()
+    for logger in list(_watched):
+        _spend(logger, logger.flush_at_end)
 
 
-def _end() -> None:
-    for logger in _watched:
-        logger.end()
+def _close_all() -> None:
+    for logger in list(_watched):
+        _spend(logger, logger.close_at_end)
+
+
+_spent_s = 0.0
+
+
+def _spend(logger: EndsWithJob, finish: Callable[[float], None]) -> None:
+    """Let a logger have what is left of ``shutdown_timeout_s``: the loggers share one."""
+    global _spent_s
+    start_s = SYSTEM_CLOCK.monotonic_s()
+    finish(max(logger.settings.shutdown_timeout_s - _spent_s, 0.0))
+    _spent_s += SYSTEM_CLOCK.monotonic_s() - start_s
 
 
 def _handle_sigterm() -> None:
@@ -97,7 +113,7 @@ def _handle_sigterm() -> None:
 def _on_sigterm(number: int, _frame: FrameType | None) -> None:
     """Deliver what is pending, then end as SIGTERM ends a process that does not handle it."""
     try:
-        _end()
+        _close_all()
     finally:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -119,8 +135,9 @@ def _flush_before_set_terminated() -> None:
 
 def _forget_after_fork() -> None:
     """In a forked child nothing is pending, and SIGTERM ends it as it would have."""
-    global _lock
+    global _lock, _spent_s
     _lock = threading.RLock()
+    _spent_s = 0.0
     _watched.clear()
     if (
         threading.current_thread() is threading.main_thread()

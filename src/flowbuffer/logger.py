@@ -224,7 +224,7 @@ class MetricLogger:
         )
 
     def close(self, timeout: float | None = None) -> Report:
-        """Flush, then stop; the logger takes no more points. Closing again does nothing.
+        """Flush, then stop; the logger takes no more points. Closing again waits again.
 
         Args:
             timeout: The most seconds to wait; None means ``shutdown_timeout_s``. What is not
@@ -251,14 +251,13 @@ class MetricLogger:
 
     # For job_end.
 
-    def end(self) -> None:
-        """Close at the end of the job, and say what was left."""
-        self._close(None, "FINISHED", progress=True)
-
-    def end_of_run(self) -> None:
+    def flush_at_end(self, timeout: float) -> None:
         """Flush at the end of the run, or of the job's main thread."""
-        if not self._ended:
-            self._flush(self._settings.shutdown_timeout_s, progress=True)
+        self._flush(timeout, progress=True)
+
+    def close_at_end(self, timeout: float) -> None:
+        """Close at the end of the job."""
+        self._close(timeout, "FINISHED", progress=True)
 
     # How it works.
 
@@ -340,9 +339,7 @@ class MetricLogger:
 
     def _close(self, timeout: float | None, status: str, *, progress: bool = False) -> Report:
         with self._opening:
-            if self._ended:
-                return Report(**self._counts())
-            self._ended = True
+            again, self._ended = self._ended, True
         start_s = time.monotonic()
         timeout = self._settings.shutdown_timeout_s if timeout is None else timeout
         producer, stream, collector = self._producer, self._stream, self._collector
@@ -358,6 +355,8 @@ class MetricLogger:
                 progress=progress,
             )
         self._append = self._append_many = self._append_series = _refuse
+        if again:
+            return Report(**self._counts(), seconds=time.monotonic() - start_s)
         job_end.unwatch(self)
         report = Report(**self._counts(), seconds=time.monotonic() - start_s)
         if report.pending:
@@ -435,6 +434,8 @@ class MetricLogger:
     def _forget_after_fork(self) -> None:
         self._opening = threading.RLock()
         self._owns_run = False
+        if isinstance(self._producer, Producer):
+            self._producer.abandon()
         self._producer = self._stream = self._collector = None
         self._invalid_count = 0
         if not self._ended:

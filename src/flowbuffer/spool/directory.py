@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import platform
-import secrets
 import stat
 import weakref
 from collections.abc import Iterator
@@ -101,11 +100,11 @@ class ProducerDirectory:
 
     def remove(self) -> None:
         """Delete the folder, and the run's when it was the last one."""
-        for entry in os.scandir(self.path):
-            if entry.name != "producer.lock":
-                os.unlink(entry.path)
-        (self.path / "producer.lock").unlink(missing_ok=True)
-        self.path.rmdir()
+        doomed = self.path.with_name(f".{self.path.name}")
+        self.path.rename(doomed)  # at once, so that nobody finds half a folder
+        for entry in os.scandir(doomed):
+            os.unlink(entry.path)
+        doomed.rmdir()
         try:
             self.path.parent.rmdir()
         except OSError:
@@ -140,7 +139,7 @@ class Spool:
     def add_producer(self, info: ProducerInfo) -> ProducerDirectory:
         """A new folder for one producer, its lock held."""
         run = self.root / escaped(info.run_id)
-        name = f"{escaped(info.host)[:40]}-{info.pid}-{secrets.token_hex(6)}"
+        name = f"{escaped(info.host)[:40]}-{info.pid}-{os.urandom(6).hex()}"
         unborn = run / f".{name}"
         for _ in range(10):  # another process may remove the empty folder of the run meanwhile
             _private_directory(run)

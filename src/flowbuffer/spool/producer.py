@@ -94,7 +94,9 @@ class Producer:
         self._clock = clock
         self._now_ns = clock.now_ns
         self._hurry = hurry
-        self._segment_slots = segment_slots
+        # A small spool has room for several segments still, so that delivered ones can go.
+        most = max(settings.max_spool_bytes // 4 // SLOT_SIZE, 1)
+        self._segment_slots = [min(slots, most) for slots in segment_slots]
         self._lock = threading.RLock()  # a signal handler may flush while this thread holds it
         self._end: tuple[int, int] | None = None  # the last barrier, once closed
         self._full_until_s = float("-inf")
@@ -243,6 +245,12 @@ class Producer:
             self._end = self.barrier()
             _, _, segment = self._current
             self._current = (itertools.count().__next__, bytearray(), segment)
+            os.close(self._keys)
+            self._close_journal()
+
+    def abandon(self) -> None:
+        """In a forked child: close what was inherited; the parent goes on writing."""
+        if self._end is None:
             os.close(self._keys)
             self._close_journal()
 

@@ -32,6 +32,8 @@ _MAX_KEYS_BYTES: Final = 256 << 20
 #: A slot that stays empty this long between others, in s, is passed over: its call was interrupted
 #: between the reservation and the store. If it is stored later it is delivered then, out of order.
 HOLE_TIMEOUT_S: Final = 5.0
+#: How long a segment with slots that were passed over is kept for that, in s.
+LATE_TIMEOUT_S: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class _Segment:
     next_slot: int = 0  # the first one not read yet
     seen: int = 0  # the first one that was empty at the last look
     unsettled: int = 0  # slots on their way
-    holes: list[int] = field(default_factory=list)
+    holes: dict[int, float] = field(default_factory=dict)  # passed over, and until when kept
     carry: bytes | None = None  # what was derived from the points up to the end
 
 
@@ -178,7 +180,7 @@ class Reader:
         """Delete the oldest segments of which nothing is left to deliver."""
         while self._open:
             segment = self._open[0]
-            if segment.carry is None or segment.unsettled:
+            if segment.carry is None or segment.unsettled or self._may_be_late(segment):
                 return
             self.carry = segment.carry
             # A restart counts what is settled in later segments again.
@@ -253,8 +255,9 @@ class Reader:
     # Finding what can be read.
 
     def _reading(self) -> _Segment | None:
-        segment = self._open[-1] if self._open else None
-        return segment if segment is not None and segment.carry is None else None
+        for segment in self._open[-1:]:  # another thread may ask for numbers meanwhile
+            return segment if segment.carry is None else None
+        return None
 
     def _readable_end(self, segment: _Segment, limit: int) -> int:
         """The end of the slots that can be given out now."""
@@ -289,17 +292,22 @@ class Reader:
         if self._hole_since_s is None or self._hole_since_s[:2] != (segment.number, slot):
             self._hole_since_s = (segment.number, slot, now_s)
         elif now_s - self._hole_since_s[2] >= HOLE_TIMEOUT_S:
-            segment.holes.append(slot)
+            segment.holes[slot] = now_s + LATE_TIMEOUT_S
             states[slot] = VOID
             self._hole_since_s = None
 
     def _late_points(self) -> Block | None:
-        for segment in self._open:
+        for segment in list(self._open):
             late = [s for s in segment.holes if segment.columns["state"][s] == COMMITTED]
             if late:
-                segment.holes = [s for s in segment.holes if s not in late]
+                for slot in late:
+                    del segment.holes[slot]
                 return self._block(segment, np.array(late, dtype=np.int32), len(late), late=True)
         return None
+
+    def _may_be_late(self, segment: _Segment) -> bool:
+        now_s = self._clock.monotonic_s()
+        return not self.finished and any(until_s > now_s for until_s in segment.holes.values())
 
     def _open_next(self) -> _Segment | None:
         path = self._path(self._next)
