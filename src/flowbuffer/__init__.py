@@ -19,7 +19,8 @@ from flowbuffer.errors import (
 )
 from flowbuffer.fluent import flush, log_metric, log_metrics, log_series, stats
 from flowbuffer.handle import Handle
-from flowbuffer.logger import MetricLogger, Report, Stats
+from flowbuffer.logger import MetricLogger
+from flowbuffer.report import Report, Stats
 from flowbuffer.settings import Settings
 
 __version__ = "0.1.0"

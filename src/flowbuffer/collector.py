@@ -19,7 +19,8 @@ from flowbuffer.errors import SpoolError
 from flowbuffer.sender import Sender, Source
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import ProducerDirectory, Spool
-from flowbuffer.spool.reader import Reader, dead_letters
+from flowbuffer.spool.reader import Reader
+from flowbuffer.spool.states import dead_letters
 from flowbuffer.transport import MlflowTransport, Transport, absolute_uri, without_credentials
 
 _log = logging.getLogger("flowbuffer")

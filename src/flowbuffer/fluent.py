@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowbuffer.handle import Handle
-from flowbuffer.logger import MetricLogger, Report, Stats
+from flowbuffer.logger import MetricLogger
+from flowbuffer.report import Report, Stats
 from flowbuffer.spool.points import Number
 
 if TYPE_CHECKING:

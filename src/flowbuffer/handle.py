@@ -7,8 +7,9 @@ from typing import Any
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import DeliveryError, WaitTimeout
-from flowbuffer.spool.layout import COMMITTED, EMPTY, REJECTED
+from flowbuffer.spool.layout import COMMITTED, EMPTY, REJECTED, SEGMENT_HEADER_SIZE, SLOT_SIZE
 from flowbuffer.spool.producer import Segment
+from flowbuffer.spool.states import dead_letters, parked_reason, slot_states, want
 
 
 class Handle(tuple[Any, ...]):
@@ -82,8 +83,6 @@ class Handle(tuple[Any, ...]):
 
     def _pauses(self) -> Iterator[float]:
         """Seconds between looks, growing; before the first pause delivery is told to hurry."""
-        from flowbuffer.spool.reader import want
-
         pause_s = 0.0
         while True:
             yield pause_s
@@ -101,8 +100,6 @@ class Handle(tuple[Any, ...]):
 
     def _outcome(self) -> tuple[bool, DeliveryError | None]:
         """Whether nothing is on its way any more, and what went wrong."""
-        from flowbuffer.spool.reader import parked_reason, slot_states
-
         done = True
         reasons = [place for place in self if isinstance(place, str)]
         for segment, offsets in self._slots().items():
@@ -121,9 +118,6 @@ def _reasons(segment: Segment, offsets: list[int]) -> list[str]:
     """Why these slots were rejected, from the dead letters."""
     if not offsets:
         return []
-    from flowbuffer.spool.layout import SEGMENT_HEADER_SIZE, SLOT_SIZE
-    from flowbuffer.spool.reader import dead_letters
-
     slots = {(offset - SEGMENT_HEADER_SIZE) // SLOT_SIZE for offset in offsets}
     found = [
         f"{letter.get('key')!r}: {letter.get('reason')}"

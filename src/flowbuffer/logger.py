@@ -1,33 +1,29 @@
-"""The public door: :class:`MetricLogger`, :class:`Report` and :class:`Stats`."""
+"""The public door: :class:`MetricLogger`."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import os
-import sys
 import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flowbuffer import job_end
+from flowbuffer.active_run import end_run, find_run
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.handle import Handle
-from flowbuffer.settings import (
-    Settings,
-    environment_experiment,
-    environment_rank,
-    environment_run_id,
-)
+from flowbuffer.report import Progress, Report, Stats
+from flowbuffer.settings import Settings, environment_rank
 from flowbuffer.spool.points import Number
 from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.states import committed_points, segments_before, want
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -36,50 +32,6 @@ if TYPE_CHECKING:
     from flowbuffer.passthrough import PassThrough
 
 _log = logging.getLogger("flowbuffer")
-
-#: A wait at the end shows its progress on a terminal once it took this long, in s.
-_SHOW_PROGRESS_AFTER_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What became of the points that a logger was given.
-
-    Attributes:
-        delivered: Points in the backend.
-        rejected: Points that the server refused for good; they are dead letters in the spool.
-        pending: Points in the spool that are to be delivered.
-        dropped: Points that were never stored, by reason: ``spool_full`` (``when_full``),
-            ``invalid`` (``strict=False``).
-        seconds: How long the call that made this report took.
-    """
-
-    delivered: int = 0
-    rejected: int = 0
-    pending: int = 0
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats(Report):
-    """A :class:`Report` of a logger at work.
-
-    Attributes:
-        lag_s: The age of the oldest point that was not read from the spool yet, in s; 0 if none.
-        backlog_bytes: What the whole spool takes on the disk, in bytes.
-        ties_moved: Points that were moved in time so that order holds.
-        ties_moved_most_ms: By how much at most, in ms.
-        retries: Requests that were sent again.
-        last_error: What the last request failed with; empty after a success.
-    """
-
-    lag_s: float = 0.0
-    backlog_bytes: int = 0
-    ties_moved: int = 0
-    ties_moved_most_ms: int = 0
-    retries: int = 0
-    last_error: str = ""
 
 
 class MetricLogger:
@@ -110,7 +62,7 @@ class MetricLogger:
 
         self._settings = Settings.from_env() if settings is None else settings
         self._uri = tracking_uri or mlflow.get_tracking_uri()
-        self._run_id, self._owns_run = _find_run(run_id, tracking_uri)
+        self._run_id, self._owns_run = find_run(run_id, tracking_uri)
         self._ended = False
         self._opening = threading.RLock()
         self._warned: set[str] = set()
@@ -326,8 +278,6 @@ class MetricLogger:
         start_s = time.monotonic()
         producer, stream, collector = self._producer, self._stream, self._collector
         if isinstance(producer, Producer) and stream is not None and collector is not None:
-            from flowbuffer.spool.reader import want
-
             barrier = producer.barrier()
             want(producer.directory.path / f"{barrier[0]:08d}.slots", barrier[1])
             self._wait(
@@ -373,14 +323,14 @@ class MetricLogger:
                 + (f"; see rejected.jsonl in {self._spool_dir}" if report.rejected else "")
             )
         if self._owns_run:
-            self._end_run(status)
+            end_run(self._run_id, self._uri, status)
         return report
 
     def _wait(self, until: Callable[[], bool], deadline_s: float | None, *, progress: bool) -> None:
         collector = self._collector
         assert collector is not None
         start_s = time.monotonic()
-        bar: Any = None
+        shown = Progress(self._counts)
         pause_s = 0.001
         while not until():
             now_s = time.monotonic()
@@ -390,14 +340,13 @@ class MetricLogger:
                 collector.drain()
                 pause_s = 0.05
             collector.hurry()
-            if progress and now_s - start_s > _SHOW_PROGRESS_AFTER_S and sys.stderr.isatty():
-                bar = _shown(bar, self._counts())
+            if progress:
+                shown.show(now_s - start_s)
             SYSTEM_CLOCK.sleep(
                 pause_s if deadline_s is None else min(pause_s, max(deadline_s - now_s, 0))
             )
             pause_s = min(pause_s * 1.5, 0.05)
-        if bar is not None:
-            bar.close()
+        shown.close()
 
     def _counts(self) -> dict[str, Any]:
         producer, stream = self._producer, self._stream
@@ -415,15 +364,6 @@ class MetricLogger:
             "pending": 0 if stream.done else reader.on_their_way + reader.unread(),
             "dropped": dict(dropped),
         }
-
-    def _end_run(self, status: str) -> None:
-        import mlflow
-
-        active = mlflow.active_run()
-        if active is not None and active.info.run_id == self._run_id:
-            mlflow.end_run(status)
-        else:
-            mlflow.MlflowClient(self._uri).set_terminated(self._run_id, status)
 
     @property
     def _spool_dir(self) -> Path:
@@ -469,22 +409,7 @@ def _unpickled(run_id: str, tracking_uri: str, settings: Settings) -> MetricLogg
     return MetricLogger(run_id, tracking_uri=tracking_uri, settings=settings)
 
 
-def _shown(bar: Any, counts: dict[str, Any]) -> Any:
-    """A progress bar of what is pending: points, rate, time left."""
-    if bar is None:
-        from tqdm import tqdm
-
-        bar = tqdm(total=0, desc="flowbuffer: delivering", unit=" points", file=sys.stderr)
-        bar.start = counts["delivered"] + counts["rejected"]
-    settled = counts["delivered"] + counts["rejected"] - bar.start
-    bar.total = settled + counts["pending"]
-    bar.update(settled - bar.n)
-    return bar
-
-
 def _is_settled(stream: Stream, barrier: tuple[int, int]) -> bool:
-    from flowbuffer.spool.reader import committed_points, segments_before
-
     segments = segments_before(stream.directory.path, barrier)
     return not any(committed_points(path, end) for path, end in segments)
 
@@ -495,28 +420,6 @@ def _this_producer(run_id: str, uri: str) -> Any:
 
     now_ms = SYSTEM_CLOCK.now_ns() // 1_000_000
     return this_producer(run_id, without_credentials(absolute_uri(uri)), environment_rank(), now_ms)
-
-
-def _find_run(run_id: str | None, tracking_uri: str | None) -> tuple[str, bool]:
-    """The run to log to, and whether it was started here."""
-    import mlflow
-
-    if run_id is not None:
-        return run_id, False
-    active = mlflow.active_run()
-    if active is not None:
-        return active.info.run_id, False
-    named = environment_run_id()
-    if named is not None:
-        return named, False
-    if tracking_uri is None:
-        return mlflow.start_run().info.run_id, True
-    client = mlflow.MlflowClient(tracking_uri)
-    experiment_id, name = environment_experiment()
-    if experiment_id is None and name is not None:
-        found = client.get_experiment_by_name(name)
-        experiment_id = client.create_experiment(name) if found is None else found.experiment_id
-    return client.create_run(experiment_id or "0").info.run_id, True
 
 
 _loggers: weakref.WeakSet[MetricLogger] = weakref.WeakSet()

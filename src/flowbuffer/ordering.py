@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from flowbuffer.spool.reader import Block
+from flowbuffer.spool.columns import Block
 
 _NEVER: Final = -(1 << 62)
 

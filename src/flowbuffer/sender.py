@@ -27,8 +27,9 @@ from flowbuffer.errors import (
 from flowbuffer.ordering import ROW, Backlog, Rows, TieRule
 from flowbuffer.retry import RetryPolicy
 from flowbuffer.settings import Settings
+from flowbuffer.spool.columns import Block
 from flowbuffer.spool.layout import COMMITTED
-from flowbuffer.spool.reader import Block, Reader
+from flowbuffer.spool.reader import Reader
 from flowbuffer.transport import Request, Transport
 
 _log = logging.getLogger("flowbuffer")

@@ -8,11 +8,9 @@ the same after a restart; what was derived at the end of a deleted segment is ke
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,10 +20,11 @@ from numpy.typing import NDArray
 from flowbuffer.clock import Clock
 from flowbuffer.errors import SpoolError, SpoolFormatError
 from flowbuffer.spool import layout
+from flowbuffer.spool.columns import Block, mapped_segment, series_columns, sound_slots
 from flowbuffer.spool.directory import open_file, read_file, write_file
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, EMPTY, EXPLICIT, REJECTED, SERIES, VOID
+from flowbuffer.spool.states import committed_points, points_in, segment_numbers
 
-_COLUMNS: Final = np.dtype(layout.SLOT_COLUMNS)  # type: ignore[call-overload]
 _CARRY: Final = struct.Struct("<IQQ")
 _MAX_KEYS_BYTES: Final = 256 << 20
 
@@ -36,40 +35,21 @@ HOLE_TIMEOUT_S: Final = 5.0
 LATE_TIMEOUT_S: Final = 60.0
 
 
-@dataclass(frozen=True)
-class Block:
-    """Consecutive points of one segment, in the order of the calls; columns of one length.
-
-    ``slot``: index in the segment (the points of a series share theirs). ``key``: key id.
-    ``time``: ms since the epoch. ``explicit``: the caller gave that time. ``state``: of the slot.
-    """
-
-    segment: int
-    ends_segment: bool
-    slot: NDArray[np.int32]
-    key: NDArray[np.uint32]
-    time: NDArray[np.int64]
-    explicit: NDArray[np.bool_]
-    value: NDArray[np.float64]
-    step: NDArray[np.int64]
-    state: NDArray[np.uint8]
-
-
-@dataclass
 class _Segment:
     """A segment that is being read, mapped until all of it is settled."""
 
-    number: int
-    slots: int
-    columns: NDArray[Any]
-    wanted: NDArray[np.uint32]
-    left: NDArray[np.int32]  # points on their way, by slot
-    has_rejected: NDArray[np.bool_]
-    next_slot: int = 0  # the first one not read yet
-    seen: int = 0  # the first one that was empty at the last look
-    unsettled: int = 0  # slots on their way
-    holes: dict[int, float] = field(default_factory=dict)  # passed over, and until when kept
-    carry: bytes | None = None  # what was derived from the points up to the end
+    def __init__(self, number: int, columns: NDArray[Any], wanted: NDArray[np.uint32]) -> None:
+        self.number = number
+        self.columns = columns
+        self.wanted = wanted
+        self.slots = len(columns)
+        self.left = np.zeros(self.slots, np.int32)  # points on their way, by slot
+        self.has_rejected = np.zeros(self.slots, np.bool_)
+        self.next_slot = 0  # the first one not read yet
+        self.seen = 0  # the first one that was empty at the last look
+        self.unsettled = 0  # slots on their way
+        self.holes: dict[int, float] = {}  # passed over, and until when the segment is kept
+        self.carry: bytes | None = None  # what was derived from the points up to the end
 
 
 class Reader:
@@ -209,7 +189,7 @@ class Reader:
         total = 0
         segment = self._reading()
         if segment is not None:
-            total += _points(segment.columns[segment.next_slot :])
+            total += points_in(segment.columns[segment.next_slot :])
         number = self._next
         while (path := self._path(number)).exists():
             count = self._full_counts.get(number)
@@ -320,7 +300,7 @@ class Reader:
             path = self._path(self._next)
         number, self._next = self._next, self._next + 1
         try:
-            segment = _map_segment(path, number)
+            segment = _Segment(number, *mapped_segment(path, number))
         except (SpoolError, ValueError) as error:
             self._problem(f"{path} cannot be read and is left alone: {error}")
             return self._open_next()
@@ -336,7 +316,7 @@ class Reader:
         rows = segment.columns[slots]
         present = (rows["state"] != VOID) & (rows["state"] != EMPTY)
         slots, rows = slots[present], rows[present]
-        sound = self._sound(slots, rows)
+        sound = sound_slots(slots, rows, self._known_keys(rows["key"]))
         for slot, row in zip(slots[~sound].tolist(), rows[~sound], strict=True):
             self._bury(segment, slot, row.tobytes(), "the slot is damaged")
         slots, rows = slots[sound], rows[sound]
@@ -361,21 +341,12 @@ class Reader:
             return None
         return Block(segment.number, ends, *columns)
 
-    def _sound(self, slots: NDArray[np.int32], rows: NDArray[Any]) -> NDArray[np.bool_]:
-        """Which rows can be what a producer wrote."""
-        keys = np.unique(rows["key"]).tolist()
-        if any(key not in self._keys for key in keys):
+    def _known_keys(self, keys: NDArray[np.uint32]) -> list[int]:
+        """Which of these key ids the key table has."""
+        found = np.unique(keys).tolist()
+        if any(key not in self._keys for key in found):
             self._read_keys()
-        known = np.isin(rows["key"], [key for key in keys if key in self._keys])
-        offsets = layout.SEGMENT_HEADER_SIZE + slots.astype(np.int64) * layout.SLOT_SIZE
-        sound: NDArray[np.bool_] = (
-            known
-            & (rows["offset"] == offsets)
-            & (rows["flags"] <= (EXPLICIT | SERIES))
-            & (rows["state"] <= VOID)
-            & (rows["time"] >= 0)
-        )
-        return sound
+        return [key for key in found if key in self._keys]
 
     def _with_series(
         self,
@@ -408,44 +379,14 @@ class Reader:
 
     def _series(self, segment: _Segment, slot: Sequence[Any]) -> Sequence[NDArray[Any]] | None:
         """The points of a series slot as columns; None if its frame is damaged."""
-        index, key, time, _, value, position, state = slot
-        path = self._path(segment.number).with_suffix(".journal")
         try:
-            with os.fdopen(open_file(path, os.O_RDONLY), "rb") as journal:
-                journal.seek(max(int(position), 0))
-                head = journal.read(layout.FRAME_HEADER.size)
-                length = layout.FRAME_HEADER.unpack(head)[1] if len(head) == 16 else 0
-                payload_bytes = journal.read(min(length, layout.MAX_FRAME_PAYLOAD))
-            n, payload = layout.parse_frame(head + payload_bytes)
-            flags, own_key, first = layout.SERIES_HEADER.unpack_from(payload)
-            has_steps, has_times = flags & layout.SERIES_STEPS, flags & layout.SERIES_TIMES
-            columns = 1 + bool(has_steps) + bool(has_times)
-            if len(payload) != layout.SERIES_HEADER.size + 8 * n * columns:
-                raise SpoolFormatError("a series has not the length that it says")
-            if (own_key, float(n)) != (key, value):
-                raise SpoolFormatError("a series is not the one that its slot says")
+            return series_columns(self._path(segment.number).with_suffix(".journal"), slot)
         except (OSError, struct.error) as error:
-            raw = np.array(slot[2:6]).tobytes()
+            index, value, position = slot[0], slot[4], slot[5]
+            raw = np.array([value, position]).tobytes()
             reason = f"a series of {value:g} points is damaged: {error}"
             self._bury(segment, int(index), raw, reason)
             return None
-        start = layout.SERIES_HEADER.size
-        values = np.frombuffer(payload, "<f8", n, start)
-        steps = first + np.arange(n, dtype=np.int64)
-        if has_steps:
-            steps = np.frombuffer(payload, "<i8", n, start + 8 * n)
-        times = np.full(n, time, np.int64)
-        if has_times:
-            times = np.frombuffer(payload, "<i8", n, len(payload) - 8 * n)
-        return [
-            np.full(n, index, np.int32),
-            np.full(n, key, np.uint32),
-            times,
-            np.full(n, bool(has_times), np.bool_),
-            values,
-            steps,
-            np.full(n, state, np.uint8),
-        ]
 
     def _bury(self, segment: _Segment, slot: int, raw: bytes, reason: str) -> None:
         """Keep what cannot be read as a dead letter, so that it neither blocks nor disappears."""
@@ -499,114 +440,5 @@ class Reader:
         self.problems.append(text)
 
 
-def segment_numbers(folder: Path) -> list[int]:
-    """The numbers of the segments in a producer's folder, rising."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    return sorted(int(n[:-6]) for n in names if n.endswith(".slots") and n[:-6].isdecimal())
-
-
-def committed_points(path: Path, end: int | None = None) -> int:
-    """How many points in the slots of a segment before byte ``end`` wait for delivery."""
-    try:
-        data = read_file(path, limit=layout.segment_size(layout.MAX_SEGMENT_SLOTS))
-    except FileNotFoundError:
-        return 0
-    body = data[layout.SEGMENT_HEADER_SIZE : end]
-    rows = np.frombuffer(body, _COLUMNS, len(body) // layout.SLOT_SIZE)
-    return _points(rows)
-
-
-def segments_before(folder: Path, barrier: tuple[int, int]) -> Iterator[tuple[Path, int | None]]:
-    """The segments up to a barrier (see ``Producer.barrier``), each with the byte where it ends."""
-    for number in segment_numbers(folder):
-        if number <= barrier[0]:
-            yield folder / f"{number:08d}.slots", barrier[1] if number == barrier[0] else None
-
-
-def slot_states(path: Path, offsets: Sequence[int]) -> list[int]:
-    """The states of the slots at these offsets; DELIVERED where the segment is deleted."""
-    try:
-        descriptor = open_file(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return [DELIVERED] * len(offsets)
-    try:
-        return [os.pread(descriptor, 1, at + layout.STATE_OFFSET)[0] for at in offsets]
-    finally:
-        os.close(descriptor)
-
-
-def want(path: Path, offset: int) -> None:
-    """Say that someone waits for the slot at ``offset`` and those before it."""
-    try:
-        descriptor = open_file(path, os.O_RDWR)
-    except FileNotFoundError:
-        return
-    try:
-        slots = (offset - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE + 1
-        (wanted,) = layout.WANTED.unpack(os.pread(descriptor, 4, layout.WANTED_OFFSET))
-        if slots > wanted:
-            os.pwrite(descriptor, layout.WANTED.pack(slots), layout.WANTED_OFFSET)
-    finally:
-        os.close(descriptor)
-
-
-def dead_letters(folder: Path) -> Iterator[dict[str, Any]]:
-    """The dead letters of a producer, oldest first; lines that are no JSON are passed over."""
-    try:
-        data = read_file(folder / "rejected.jsonl", limit=1 << 30)
-    except FileNotFoundError:
-        return
-    for line in data.splitlines():
-        try:
-            letter = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(letter, dict):
-            yield letter
-
-
-def parked_reason(folder: Path) -> str | None:
-    """Why the run of this producer takes no points; None if nothing is known against it."""
-    try:
-        said = json.loads(read_file(folder / "parked.json", limit=1 << 20))
-        return str(said["reason"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError):
-        return "parked.json is damaged"
-
-
-def _points(rows: NDArray[Any], state: int = COMMITTED) -> int:
-    counted = rows[rows["state"] == state]
-    series = counted["value"][(counted["flags"] & SERIES) != 0]
-    sizes = series[(series >= 1) & (series <= layout.MAX_SERIES_POINTS)]
-    return len(counted) - len(series) + int(sizes.sum())
-
-
 def _settled_points(segments: Iterable[_Segment], state: int) -> int:
-    return sum(_points(segment.columns[: segment.next_slot], state) for segment in segments)
-
-
-def _map_segment(path: Path, number: int) -> _Segment:
-    descriptor = open_file(path, os.O_RDWR)
-    try:
-        size = os.fstat(descriptor).st_size
-        slots = layout.parse_segment_header(os.pread(descriptor, 64, 0), number)
-        # A file cut short holds what fits; to read beyond its end would be a SIGBUS.
-        held = min(slots, max(size - layout.SEGMENT_HEADER_SIZE, 0) // layout.SLOT_SIZE)
-        if not held:
-            raise SpoolFormatError("it has no slots")
-        data = mmap.mmap(descriptor, layout.segment_size(held))
-    finally:
-        os.close(descriptor)
-    return _Segment(
-        number=number,
-        slots=held,
-        columns=np.frombuffer(data, _COLUMNS, held, layout.SEGMENT_HEADER_SIZE),
-        wanted=np.frombuffer(data, "<u4", 1, layout.WANTED_OFFSET),
-        left=np.zeros(held, np.int32),
-        has_rejected=np.zeros(held, np.bool_),
-    )
+    return sum(points_in(segment.columns[: segment.next_slot], state) for segment in segments)

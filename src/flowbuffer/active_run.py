@@ -1,0 +1,38 @@
+"""Which run a logger logs to, as MLflow's fluent functions decide it."""
+
+from __future__ import annotations
+
+from flowbuffer.settings import environment_experiment, environment_run_id
+
+
+def find_run(run_id: str | None, tracking_uri: str | None) -> tuple[str, bool]:
+    """The run to log to, and whether it was started here."""
+    import mlflow
+
+    if run_id is not None:
+        return run_id, False
+    active = mlflow.active_run()
+    if active is not None:
+        return active.info.run_id, False
+    named = environment_run_id()
+    if named is not None:
+        return named, False
+    if tracking_uri is None:
+        return mlflow.start_run().info.run_id, True
+    client = mlflow.MlflowClient(tracking_uri)
+    experiment_id, name = environment_experiment()
+    if experiment_id is None and name is not None:
+        found = client.get_experiment_by_name(name)
+        experiment_id = client.create_experiment(name) if found is None else found.experiment_id
+    return client.create_run(experiment_id or "0").info.run_id, True
+
+
+def end_run(run_id: str, tracking_uri: str, status: str) -> None:
+    """Mark a run ended; if it is the active one, it is that no more."""
+    import mlflow
+
+    active = mlflow.active_run()
+    if active is not None and active.info.run_id == run_id:
+        mlflow.end_run(status)
+    else:
+        mlflow.MlflowClient(tracking_uri).set_terminated(run_id, status)
