@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit, urlunsplit
 
 from flowbuffer.clock import Clock
 from flowbuffer.errors import (
@@ -167,12 +167,13 @@ def absolute_uri(tracking_uri: str) -> str:
     return tracking_uri
 
 
+_USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
+_SECRET_FIELD = re.compile(r"(?<=[?&])[^=&]*(?:pass|pwd|token|secret|user|key)[^=&]*=[^&#]*&?", re.I)
+
+
 def without_credentials(tracking_uri: str) -> str:
-    """A tracking URI without user and password, as it may be written to the disk."""
-    parts = urlsplit(tracking_uri)
-    if "@" not in parts.netloc:
-        return tracking_uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """A tracking URI as it may be written to the disk: no user, no password, no token."""
+    return _SECRET_FIELD.sub("", _USER_INFO.sub("", tracking_uri)).rstrip("?&")
 
 
 def _is_file(tracking_uri: str) -> bool:

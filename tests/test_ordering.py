@@ -1,0 +1,163 @@
+"""The rule for ties, and how batches are made: pure functions on arrays."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowbuffer.ordering import ROW, Backlog, TieRule
+from flowbuffer.spool.columns import Block
+
+# (key, time in ms, step, explicit): few values, so that ties are the rule.
+Point = tuple[int, int, int, bool]
+POINTS = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(-1, 3), st.booleans()),
+    max_size=40,
+)
+
+
+def block(points: list[Point]) -> Block:
+    keys, times, steps, explicit = zip(*points, strict=True) if points else ((), (), (), ())
+    n = len(points)
+    return Block(
+        segment=0,
+        ends_segment=False,
+        slot=np.arange(n, dtype=np.int32),
+        key=np.array(keys, np.uint32),
+        time=np.array(times, np.int64),
+        explicit=np.array(explicit, np.bool_),
+        value=np.zeros(n),
+        step=np.array(steps, np.int64),
+        state=np.ones(n, np.uint8),
+    )
+
+
+def applied(rule: TieRule, points: list[Point]) -> list[int]:
+    return rule.apply(block(points)).tolist()
+
+
+def runs_backwards(points: list[Point]) -> bool:
+    """Whether a time that the caller gave is before the last one of its key."""
+    last: dict[int, int] = {}
+    clock = 0
+    for key, time, _, explicit in points:
+        if not explicit:
+            clock = time = max(clock, time)
+        if explicit and time < last.get(key, 0):
+            return True
+        last[key] = time
+    return False
+
+
+@given(POINTS)
+def test_a_key_reads_back_as_logged(points: list[Point]) -> None:
+    """P2: sorted by (time, step), every key's points are in the order of the calls, none equal."""
+    times = applied(TieRule(), points)
+    if runs_backwards(points):
+        return  # the promise does not cover it
+    for key in {point[0] for point in points}:
+        sent = [
+            (time, point[2]) for time, point in zip(times, points, strict=True) if point[0] == key
+        ]
+        assert sent == sorted(set(sent))
+
+
+@given(POINTS)
+def test_nothing_moves_back(points: list[Point]) -> None:
+    """P3: a point only ever moves forward in time."""
+    times = applied(TieRule(), points)
+    assert all(time >= point[1] for time, point in zip(times, points, strict=True))
+
+
+@given(POINTS)
+def test_implicit_points_never_collide(points: list[Point]) -> None:
+    """P2: a point whose time the caller did not give equals no other one of its key before it."""
+    times = applied(TieRule(), points)
+    seen: set[tuple[int, int, int]] = set()
+    for time, (key, _, step, explicit) in zip(times, points, strict=True):
+        assert explicit or (key, time, step) not in seen
+        seen.add((key, time, step))
+
+
+@given(POINTS, st.lists(st.integers(0, 40), max_size=4))
+def test_a_restart_moves_points_identically(points: list[Point], cuts: list[int]) -> None:
+    """P4: cut into blocks, with the state taken to bytes and back between them, nothing differs."""
+    whole = applied(TieRule(), points)
+    pieces: list[int] = []
+    rule = TieRule()
+    bounds = [0, *sorted(min(cut, len(points)) for cut in cuts), len(points)]
+    for first, last in itertools.pairwise(bounds):
+        pieces += applied(rule, points[first:last])
+        rule = TieRule(rule.state())
+    assert pieces == whole
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        pytest.param([(0, 5, 0, False)] * 3, [5, 6, 7], id="a tie moves by the fewest ms"),
+        pytest.param(
+            [(0, 5, 0, False), (0, 5, 1, False)], [5, 5], id="a rising step moves nothing"
+        ),
+        pytest.param([(0, 5, 1, False), (0, 5, 0, False)], [5, 6], id="a falling step moves"),
+        pytest.param([(0, 5, 0, False), (0, 3, 1, False)], [5, 5], id="the clock was set back"),
+        pytest.param([(0, 5, 0, False), (1, 3, 0, False)], [5, 5], id="for every key"),
+        pytest.param([(0, 5, 0, True), (0, 3, 0, True)], [5, 3], id="a given time may run back"),
+        pytest.param([(0, 5, 0, True)] * 2 + [(0, 6, 0, True)], [5, 6, 7], id="given ties move"),
+        pytest.param([(0, 5, 0, True), (1, 3, 0, True)], [5, 3], id="keys do not mix"),
+        pytest.param([(0, 9, 0, True), (0, 2, 0, False)], [9, 10], id="after a given one"),
+    ],
+)
+def test_the_rule_by_example(points: list[Point], expected: list[int]) -> None:
+    """P3: only a point that would come back out of order or collapse moves."""
+    rule = TieRule()
+    assert applied(rule, points) == expected
+    moves = [sent - point[1] for sent, point in zip(expected, points, strict=True)]
+    assert (rule.moved, rule.moved_most_ms) == (sum(move > 0 for move in moves), max(moves))
+
+
+def rows(keys: list[int]) -> np.ndarray:
+    made = np.zeros(len(keys), ROW)
+    made["key"] = keys
+    made["slot"] = np.arange(len(keys))
+    return made
+
+
+def test_a_batch_takes_consecutive_points_of_few_keys() -> None:
+    """Under backlog a batch holds few distinct keys, because that halves the server's cost."""
+    backlog = Backlog()
+    backlog.add(rows([0, 1, 2, 3] * 10), 0.0)
+    batch = backlog.take(20, set())
+    assert batch["key"].tolist() == [0] * 10 + [1] * 10
+    assert backlog.count == 20
+
+
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 7), st.sets(st.integers(0, 5)))
+def test_batches_keep_the_order_of_each_key(keys: list[int], size: int, busy: set[int]) -> None:
+    """P2: taken batch by batch, each key's points come in order, and no busy key is taken."""
+    backlog = Backlog()
+    half = len(keys) // 2
+    backlog.add(rows(keys)[:half], 0.0)
+    backlog.add(rows(keys)[half:], 0.0)
+    free, _ = backlog.ready(busy)
+    taken = []
+    while len(batch := backlog.take(size, busy)):
+        assert len(batch) <= size
+        taken.append(batch)
+    everything = np.concatenate([rows([]), *taken])
+    assert len(everything) == free == sum(key not in busy for key in keys)
+    for key in set(keys) - busy:
+        slots = everything["slot"][everything["key"] == key].tolist()
+        assert slots == [slot for slot, own in enumerate(keys) if own == key]
+
+
+def test_no_key_starves() -> None:
+    """A key with an endless backlog does not keep the others from being sent."""
+    backlog = Backlog()
+    backlog.add(rows([0] * 100 + [1]), 0.0)
+    backlog.take(10, set())
+    assert 1 in backlog.take(10, set())["key"]

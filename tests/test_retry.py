@@ -1,0 +1,94 @@
+"""When to send again: a table of cases, because the policy is pure."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowbuffer.errors import (
+    RejectedError,
+    RetriableError,
+    RunGoneError,
+    TooLargeError,
+    TransportError,
+    UnauthorisedError,
+)
+from flowbuffer.retry import RetryPolicy
+from flowbuffer.transport import (
+    absolute_uri,
+    error_of_status,
+    retry_after_s,
+    without_credentials,
+)
+
+POLICY = RetryPolicy(first_s=1.0, most_s=8.0, uniform=lambda _low, high: high)
+
+
+@pytest.mark.parametrize(
+    ("error", "attempt", "expected_s"),
+    [
+        pytest.param(RetriableError("503"), 1, 1.0, id="first"),
+        pytest.param(RetriableError("503"), 3, 4.0, id="doubled"),
+        pytest.param(RetriableError("503"), 1000, 8.0, id="bounded"),
+        pytest.param(RetriableError("429", 5.0), 1, 6.0, id="what the server asks for, and jitter"),
+        pytest.param(UnauthorisedError("401"), 1, 30.0, id="slowly while unauthorised"),
+        pytest.param(RunGoneError("404"), 1, 300.0, id="seldom while the run is gone"),
+    ],
+)
+def test_the_wait(error: TransportError, attempt: int, expected_s: float) -> None:
+    """P5: a failing server is asked again later and later, and never sooner than it asked for."""
+    assert POLICY.wait_s(error, attempt) == expected_s
+
+
+@pytest.mark.parametrize(
+    ("statuses", "kind"),
+    [
+        ((408, 429, 500, 502, 503, 504, 302), RetriableError),
+        ((401, 403), UnauthorisedError),
+        ((404,), RunGoneError),
+        ((413,), TooLargeError),
+        ((400, 409, 422), RejectedError),
+    ],
+)
+def test_the_status_decides(statuses: tuple[int, ...], kind: type[TransportError]) -> None:
+    """What a status means is decided in one place."""
+    assert {type(error_of_status(status, "")) for status in statuses} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("header", "expected_s"),
+    [
+        (None, None),
+        ("7", 7.0),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 59.0),
+        ("soon", None),
+        ("-3", None),
+        ("inf", None),
+    ],
+)
+def test_retry_after(header: str | None, expected_s: float | None) -> None:
+    """The server's Retry-After is read as RFC 9110 writes it, and nonsense is no header."""
+    assert retry_after_s(header, 946684740.0) == expected_s
+
+
+def test_no_credential_is_in_a_stored_uri() -> None:
+    """P8: what goes to the disk of a tracking URI is without user and password."""
+    assert without_credentials("https://me:secret@host:5000/x") == "https://host:5000/x"
+    assert without_credentials("postgresql+psycopg2://u:p%40@/db?host=/tmp") == (
+        "postgresql+psycopg2:///db?host=/tmp"
+    )
+    assert without_credentials("postgresql://h/db?user=u&sslmode=require&password=p%26") == (
+        "postgresql://h/db?sslmode=require"
+    )
+    assert without_credentials("https://h/x?api_token=t") == "https://h/x"
+    assert without_credentials("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
+    assert without_credentials("file:///a@b/mlruns") == "file:///a@b/mlruns"
+
+
+def test_a_stored_uri_means_the_same_elsewhere(tmp_path, monkeypatch) -> None:
+    """A later process, in another folder, delivers to the same store."""
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
+    assert absolute_uri("sqlite:////there/mlflow.db") == "sqlite:////there/mlflow.db"
+    assert absolute_uri("mlruns") == (tmp_path / "mlruns").as_uri()
+    assert absolute_uri("databricks://profile") == "databricks://profile"
+    assert absolute_uri("http://host:5000") == "http://host:5000"
