@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 
 import pytest
@@ -78,7 +78,19 @@ def test_an_unknown_name_is_told() -> None:
 
 
 def test_the_readme_lists_every_setting() -> None:
-    """Each setting has its line in the README's table: name, default, meaning."""
+    """Each setting has its line in the README's table: name, default, range, meaning."""
     text = README.read_text()
     for item in fields(Settings):
-        assert f"| `{item.name}` | `{item.default}` | {item.metadata['meaning']} |" in text
+        assert f"| `{item.name}` | `{item.default}` | {allowed(item)} | " in text
+        assert f"| {item.metadata['meaning']} |" in text
+
+
+def allowed(item: Field[object]) -> str:
+    limits = item.metadata
+    if "choices" in limits:
+        return ", ".join(f"`{choice}`" for choice in limits["choices"])
+    if isinstance(item.default, bool):
+        return "`True`, `False`"
+    if item.name == "spool_dir":
+        return "a path"
+    return f"from {limits['low']}" + ("" if limits["high"] is None else f" to {limits['high']}")
