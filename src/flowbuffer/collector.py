@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowbuffer.clock import Clock
+from flowbuffer.clock import SYSTEM_CLOCK, Clock
 from flowbuffer.errors import SpoolError
 from flowbuffer.sender import Sender, Source
 from flowbuffer.settings import Settings
@@ -93,6 +94,7 @@ class Collector:
             reader = Reader(directory.path, self._clock, alive=not adopted)
             stream = Stream(directory, reader, sender, sender.add(reader), adopted)
             self.streams.append(stream)
+        self.hurry()
         return stream
 
     def start(self) -> None:
@@ -148,7 +150,7 @@ class Collector:
     def _run(self) -> None:
         while True:
             try:
-                next_s = min(self.step(), POLL_S)
+                next_s = min(self.step(), POLL_S if self.streams else ADOPT_EVERY_S)
             except Exception:
                 _log.exception("delivery failed; the points stay in the spool")
                 next_s = 1.0
@@ -199,3 +201,31 @@ class Collector:
         else:
             stream.directory.remove()
         stream.done = True
+
+
+_collectors: dict[tuple[Path, Settings], Collector] = {}
+_collectors_lock = threading.RLock()
+
+
+def collector_of(settings: Settings) -> Collector:
+    """This process's collector of a spool; one for all loggers with the same settings.
+
+    Raises:
+        SpoolError: The spool cannot be used.
+    """
+    root = settings.resolved_spool_dir()
+    with _collectors_lock:
+        if (root, settings) not in _collectors:
+            _collectors[root, settings] = Collector(Spool(root), settings, SYSTEM_CLOCK)
+        return _collectors[root, settings]
+
+
+def _forget_after_fork() -> None:
+    global _collectors_lock
+    _collectors_lock = threading.RLock()
+    for collector in _collectors.values():
+        collector.forget_after_fork()
+    _collectors.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

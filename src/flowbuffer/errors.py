@@ -20,6 +20,9 @@ A :class:`TransportError` carries what the sender needs to decide; nobody matche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class FlowbufferError(Exception):
     """The base of every error raised by flowbuffer."""
@@ -30,7 +33,15 @@ class SettingError(FlowbufferError, ValueError):
 
 
 class InvalidPoint(FlowbufferError, ValueError):
-    """A key, value, step or timestamp that cannot be logged. No other point is affected."""
+    """A key, value, step or timestamp that cannot be logged. No other point is affected.
+
+    Attributes:
+        stored: Where the other points of the same call are, which were logged.
+        count: How many points of the call were not logged.
+    """
+
+    stored: Sequence[Any] = ()
+    count: int = 1
 
 
 class SpoolError(FlowbufferError, OSError):

@@ -99,6 +99,7 @@ def _active_logger() -> MetricLogger:
             logger = _loggers.get(run_id)
             if logger is None or logger.closed:
                 logger = _loggers[run_id] = MetricLogger(run_id)
+                logger._fluent = True
     return logger
 
 

@@ -33,6 +33,9 @@ class EndsWithJob(Protocol):
     def flush_at_end(self, timeout: float) -> None:
         """Flush within ``timeout`` seconds, showing progress."""
 
+    def end_of_run(self, timeout: float) -> None:
+        """The run is about to be marked ended: flush within ``timeout`` seconds."""
+
     def close_at_end(self, timeout: float) -> None:
         """Flush and close within ``timeout`` seconds, and say what was left."""
 
@@ -62,7 +65,7 @@ def flush_run(run_id: str) -> None:
     """Flush what logs to a run; it is about to be marked ended."""
     for logger in list(_watched):
         if logger.run_id == run_id:
-            logger.flush_at_end(logger.settings.shutdown_timeout_s)
+            logger.end_of_run(logger.settings.shutdown_timeout_s)
 
 
 def _install() -> None:

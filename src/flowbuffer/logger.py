@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
@@ -63,11 +62,11 @@ class MetricLogger:
         self._settings = Settings.from_env() if settings is None else settings
         self._uri = tracking_uri or mlflow.get_tracking_uri()
         self._run_id, self._owns_run = find_run(run_id, tracking_uri)
+        self._fluent = False
         self._ended = False
         self._opening = threading.RLock()
         self._warned: set[str] = set()
-        self._invalid = itertools.count()
-        self._invalid_count = 0
+        self._invalid = 0
         self._stream: Stream | None = None
         self._collector: Collector | None = None
         self._producer: Producer | PassThrough | None = None
@@ -162,12 +161,10 @@ class MetricLogger:
         stream, collector = self._stream, self._collector
         if stream is None or collector is None:
             return Stats(**counts)
-        oldest_ms = stream.reader.oldest_unread_ms()
-        now_ms = SYSTEM_CLOCK.now_ns() // 1_000_000
         failure = stream.sender.failure
         return Stats(
             **counts,
-            lag_s=0.0 if oldest_ms is None else max(now_ms - oldest_ms, 0) / 1000,
+            lag_s=_lag_s(stream),
             backlog_bytes=collector.spool.used_bytes(),
             ties_moved=stream.source.ties.moved,
             ties_moved_most_ms=stream.source.ties.moved_most_ms,
@@ -204,8 +201,15 @@ class MetricLogger:
     # For job_end.
 
     def flush_at_end(self, timeout: float) -> None:
-        """Flush at the end of the run, or of the job's main thread."""
+        """Flush when the job's main thread has ended."""
         self._flush(timeout, progress=True)
+
+    def end_of_run(self, timeout: float) -> None:
+        """Flush before the run is marked ended; close, if this logger is the fluent functions'."""
+        if self._fluent:
+            self._close(timeout, "FINISHED", progress=True)
+        else:
+            self._flush(timeout, progress=True)
 
     def close_at_end(self, timeout: float) -> None:
         """Close at the end of the job."""
@@ -216,9 +220,9 @@ class MetricLogger:
     def _open(self) -> None:
         """Make this process a producer of the run."""
         if self._settings.enabled:
-            from flowbuffer.collector import POLL_S  # noqa: F401  (numpy is imported here, not later)
+            from flowbuffer.collector import collector_of  # it imports NumPy
 
-            collector = _collector_of(self._settings)
+            collector = collector_of(self._settings)
             self._collector = collector
             spool = collector.spool
             directory = spool.add_producer(_this_producer(self._run_id, self._uri))
@@ -234,45 +238,46 @@ class MetricLogger:
 
     def _use(self, producer: Producer | PassThrough) -> None:
         self._producer = producer
-        wrap = self._wrapped
-        self._append: Callable[..., Any] = wrap(producer.append, _nowhere)
-        self._append_many: Callable[..., Any] = wrap(producer.append_many, _nowhere_list)
-        self._append_series: Callable[..., Any] = wrap(producer.append_series, _nowhere_list)
+        self._append: Callable[..., Any] = self._wrapped(producer.append)
+        self._append_many: Callable[..., Any] = self._wrapped(producer.append_many, many=True)
+        self._append_series: Callable[..., Any] = self._wrapped(producer.append_series, many=True)
 
-    def _wrapped(
-        self, append: Callable[..., Any], nowhere: Callable[[str], Any]
-    ) -> Callable[..., Any]:
+    def _wrapped(self, append: Callable[..., Any], *, many: bool = False) -> Callable[..., Any]:
         """The producer's method, with what seldom-used settings add to it."""
         if self._settings.enabled and self._settings.delivery == "inline":
             append = self._delivering(append)
         if not self._settings.strict:
-            append = self._lenient(append, nowhere)
+            append = self._lenient(append, many)
         return append
 
     def _delivering(self, append: Callable[..., Any]) -> Callable[..., Any]:
-        def deliver(*args: Any) -> Any:
+        """For ``delivery="inline"``."""
+
+        def append_and_deliver(*args: Any) -> Any:
             place = append(*args)
             assert self._collector is not None
             self._collector.drain()
             return place
 
-        return deliver
+        return append_and_deliver
 
-    def _lenient(
-        self, append: Callable[..., Any], nowhere: Callable[[str], Any]
-    ) -> Callable[..., Any]:
-        def forgive(what: Any, *args: Any) -> Any:
+    def _lenient(self, append: Callable[..., Any], many: bool) -> Callable[..., Any]:
+        """For ``strict=False``: what cannot be logged is counted, and warned of once per key."""
+
+        def append_or_count(what: Any, *args: Any) -> Any:
             try:
                 return append(what, *args)
             except InvalidPoint as error:
-                self._invalid_count = next(self._invalid) + 1
-                about = repr(what)[:100]
-                if about not in self._warned:
+                with self._opening:
+                    self._invalid += error.count
+                    about = repr(what if isinstance(what, str) else type(what))[:300]
+                    first_time = about not in self._warned
                     self._warned.add(about)
+                if first_time:
                     _log.warning("a point was not logged (strict=False): %s", error)
-                return nowhere(str(error))
+                return [*error.stored, str(error)] if many else str(error)
 
-        return forgive
+        return append_or_count
 
     def _flush(self, timeout: float | None, *, progress: bool) -> Report:
         start_s = time.monotonic()
@@ -311,8 +316,8 @@ class MetricLogger:
         report = Report(**self._counts(), seconds=time.monotonic() - start_s)
         if report.pending:
             job_end.tell(
-                f"{report.pending} points of run {self._run_id} are not delivered yet. They are "
-                f"safe in {self._spool_dir}; deliver them with: "
+                f"{report.pending} points of run {self._run_id} are not delivered yet"
+                f"{self._last_error()}. They are safe in {self._spool_dir}; deliver them with: "
                 f"flowbuffer sync --spool {self._spool_dir}"
             )
         if report.rejected or any(report.dropped.values()):
@@ -353,8 +358,8 @@ class MetricLogger:
         dropped: Counter[str] = Counter()
         if producer is not None:
             dropped.update(producer.dropped)
-        if self._invalid_count:
-            dropped["invalid"] = self._invalid_count
+        if self._invalid:
+            dropped["invalid"] = self._invalid
         if stream is None:
             return {"delivered": getattr(producer, "stored", 0), "dropped": dict(dropped)}
         reader = stream.reader
@@ -364,6 +369,10 @@ class MetricLogger:
             "pending": 0 if stream.done else reader.on_their_way + reader.unread(),
             "dropped": dict(dropped),
         }
+
+    def _last_error(self) -> str:
+        failure = self._stream.sender.failure if self._stream is not None else None
+        return "" if failure is None else f" ({failure.reason})"
 
     @property
     def _spool_dir(self) -> Path:
@@ -377,7 +386,7 @@ class MetricLogger:
         if isinstance(self._producer, Producer):
             self._producer.abandon()
         self._producer = self._stream = self._collector = None
-        self._invalid_count = 0
+        self._invalid = 0
         if not self._ended:
             self._append = self._reopening("_append")
             self._append_many = self._reopening("_append_many")
@@ -393,14 +402,6 @@ class MetricLogger:
         return reopen
 
 
-def _nowhere(reason: str) -> str:
-    return reason
-
-
-def _nowhere_list(reason: str) -> list[str]:
-    return [reason]
-
-
 def _refuse(*_: Any) -> Any:
     raise FlowbufferError("this logger is closed; a closed logger takes no more points")
 
@@ -414,6 +415,15 @@ def _is_settled(stream: Stream, barrier: tuple[int, int]) -> bool:
     return not any(committed_points(path, end) for path, end in segments)
 
 
+def _lag_s(stream: Stream) -> float:
+    """The age of the oldest point that is not settled: the one sent first, or read next."""
+    found_s = [SYSTEM_CLOCK.monotonic_s() - stream.sender.since_s]
+    oldest_ms = stream.reader.oldest_unread_ms()
+    if oldest_ms is not None:
+        found_s.append(SYSTEM_CLOCK.now_ns() / 1e9 - oldest_ms / 1e3)
+    return max(0.0, *found_s)
+
+
 def _this_producer(run_id: str, uri: str) -> Any:
     from flowbuffer.spool.directory import this_producer
     from flowbuffer.transport import absolute_uri, without_credentials
@@ -423,29 +433,9 @@ def _this_producer(run_id: str, uri: str) -> Any:
 
 
 _loggers: weakref.WeakSet[MetricLogger] = weakref.WeakSet()
-_collectors: dict[tuple[Path, str], Collector] = {}
-_collectors_lock = threading.RLock()
-
-
-def _collector_of(settings: Settings) -> Collector:
-    """This process's collector of a spool; one for all loggers with the same settings."""
-    from flowbuffer.collector import Collector
-    from flowbuffer.spool.directory import Spool
-
-    root = settings.resolved_spool_dir()
-    with _collectors_lock:
-        at = (root, repr(settings))
-        if at not in _collectors:
-            _collectors[at] = Collector(Spool(root), settings, SYSTEM_CLOCK)
-        return _collectors[at]
 
 
 def _forget_after_fork() -> None:
-    global _collectors_lock
-    _collectors_lock = threading.RLock()
-    for collector in _collectors.values():
-        collector.forget_after_fork()
-    _collectors.clear()
     for logger in list(_loggers):
         logger._forget_after_fork()
 

@@ -33,7 +33,7 @@ class Stats(Report):
     """A :class:`Report` of a logger at work.
 
     Attributes:
-        lag_s: The age of the oldest point that was not read from the spool yet, in s; 0 if none.
+        lag_s: The age of the oldest point that is pending, in s; 0 if none is.
         backlog_bytes: What the whole spool takes on the disk, in bytes.
         ties_moved: Points that were moved in time so that order holds.
         ties_moved_most_ms: By how much at most, in ms.

@@ -65,6 +65,7 @@ class _Batch:
 
     parts: deque[_Part]
     keys: set[int]
+    since_s: float
     attempt: int = 0
     due_s: float = 0.0
     sending: bool = False
@@ -84,6 +85,8 @@ class Sender:
     Attributes:
         retries: Requests that were sent again.
         failure: What the last request failed with; None after a success.
+        since_s: When the oldest point that is not settled was read, on the clock's monotonic
+            time; infinity if there is none.
         gone: The run does not exist on the server, or is deleted; ``parked.json`` says so.
     """
 
@@ -99,6 +102,7 @@ class Sender:
         self.run_id = run_id
         self.retries = 0
         self.failure: TransportError | None = None
+        self.since_s = math.inf
         self.gone = False
         self.sources: list[Source | None] = []
         self._transport = transport
@@ -143,6 +147,8 @@ class Sender:
         read = self._read(now_s)
         hurry = hurry or any(source.reader.hurried() for source in self._live())
         next_s = self._send(now_s, hurry)
+        _, waiting_s = self._backlog.ready(set())
+        self.since_s = min([waiting_s, *(batch.since_s for batch in self._batches)])
         if read or not self._outcomes.empty():
             return 0.0
         if hurry and any(source.reader.has_unripe for source in self._live()):
@@ -215,7 +221,7 @@ class Sender:
                 next_s = min(next_s, due_s - now_s)
                 break
             rows = self._backlog.take(size, self._busy)
-            batch = _Batch(deque([_Part(rows)]), set(np.unique(rows["key"]).tolist()))
+            batch = _Batch(deque([_Part(rows)]), set(np.unique(rows["key"]).tolist()), since_s)
             self._batches.append(batch)
             self._busy |= batch.keys
             self._request(batch)

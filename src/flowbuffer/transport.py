@@ -168,7 +168,9 @@ def absolute_uri(tracking_uri: str) -> str:
 
 
 _USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
-_SECRET_FIELD = re.compile(r"(?<=[?&])[^=&]*(?:pass|pwd|token|secret|user|key)[^=&]*=[^&#]*&?", re.I)
+_SECRET_FIELD = re.compile(
+    r"(?<=[?&])[^=&]*(?:pass|pwd|token|secret|user|key)[^=&]*=[^&#]*&?", re.I
+)
 
 
 def without_credentials(tracking_uri: str) -> str:

@@ -197,7 +197,9 @@ class Producer:
         if self._power:
             self._sync(buffer, *(p[1] for p in places if isinstance(p, tuple) and p[0] is segment))
         if errors:
-            raise InvalidPoint("; ".join(map(str, errors)))
+            invalid = InvalidPoint("; ".join(map(str, errors)))
+            invalid.stored, invalid.count = places, len(errors)
+            raise invalid
         return places
 
     def append_series(
