@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ from support.small_spool import RUN, SmallSpool
 
 def unless(bad: Callable[[Request], bool], error: TransportError) -> Callable[[Request], object]:
     return lambda request: error if bad(request) else None
+
+
+def fill(spool: SmallSpool, values: Iterator[int]) -> None:
+    for value in itertools.islice(values, 100_000):
+        spool.producer.append("k", float(value))
 
 
 def test_a_batch_lingers_until_it_is_full_or_old(tmp_path: Path) -> None:
@@ -95,7 +101,8 @@ def test_a_key_is_in_one_request_at_a_time(tmp_path: Path) -> None:
 
 def test_the_failed_batch_goes_first(tmp_path: Path) -> None:
     """P2, P4: what failed is sent again, the same to the bit, before later points of its keys."""
-    spool = SmallSpool(tmp_path / "spool", segment_slots=64, max_batch_size=4)
+    transport = FakeTransport(max_in_flight=3)
+    spool = SmallSpool(tmp_path / "spool", transport, segment_slots=64, max_batch_size=4)
     failures = iter([RetriableError("503"), RetriableError("503")])
     spool.transport.decide = lambda _: next(failures, None)
     for value in range(8):
@@ -217,6 +224,22 @@ def test_a_restart_sends_the_same_rows(tmp_path: Path) -> None:
     assert times == list(range(times[0], times[0] + 20))
 
 
+def test_ties_go_on_after_a_segment_is_gone(tmp_path: Path) -> None:
+    """P2, P4: a restart knows of points whose segment is deleted, and ties go on behind them."""
+    spool = SmallSpool(tmp_path / "spool", segment_slots=4)
+    for value in range(10):
+        spool.producer.append("k", float(-value))
+    spool.deliver()
+    spool.sender.step()
+    assert len(list(spool.directory.path.glob("*.slots"))) == 1
+    spool.new_sender(alive=True)
+    for value in range(10, 20):  # still in the same millisecond, still without a step
+        spool.producer.append("k", float(-value))
+    spool.deliver()
+    assert spool.values("k") == [float(-value) for value in range(20)]
+    assert (spool.source.reader.delivered, spool.source.reader.rejected) == (20, 0)
+
+
 def test_delivered_segments_are_deleted(tmp_path: Path) -> None:
     """P6: the disk holds what is pending, not what was."""
     spool = SmallSpool(tmp_path / "spool", segment_slots=8)
@@ -246,19 +269,14 @@ def test_a_full_spool_takes_points_again(tmp_path: Path) -> None:
     spool = SmallSpool(
         tmp_path / "spool", segment_slots=8192, max_spool_bytes=1 << 20, when_full="raise"
     )
-    logged = 0
-    try:
-        while logged < 100_000:
-            spool.producer.append("k", float(logged))
-            logged += 1
-    except SpoolFull as error:
-        assert "max_spool_bytes" in str(error)
-    assert 0 < logged < 100_000
+    logged = itertools.count()
+    with pytest.raises(SpoolFull, match="max_spool_bytes"):
+        fill(spool, logged)
     spool.deliver()
     spool.clock.turn(1.0)
     spool.producer.append("k", -1.0)
     spool.deliver()
-    assert len(spool.history("k")) == logged + 1
+    assert len(spool.history("k")) == next(logged)
 
 
 def test_a_slot_left_empty_does_not_hold_up_the_rest(tmp_path: Path) -> None:
