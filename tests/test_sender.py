@@ -308,7 +308,7 @@ def test_a_rejected_series_point(tmp_path: Path) -> None:
     """Of a series, too, only the point at fault is a dead letter; its slot says rejected."""
     spool = SmallSpool(tmp_path / "spool")
     spool.transport.decide = unless(lambda request: 5.0 in request.values, RejectedError("400"))
-    ((segment, offset),) = spool.producer.append_series("k", [float(v) for v in range(10)])
+    segment, offset = spool.producer.append_series("k", [float(v) for v in range(10)])
     spool.deliver()
     assert spool.values("k") == [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0]
     assert slot_states(segment.path, [offset]) == [REJECTED]

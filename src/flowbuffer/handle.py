@@ -19,8 +19,8 @@ class Handle(tuple[Any, ...]):
     ``close()``, and in a forked child. It can be awaited: ``await handle`` is :meth:`wait`.
     """
 
-    # A tuple of places (see ``spool.producer.Place``): that is the cheapest object to make, and
-    # one is made per call.
+    # A tuple (see ``spool.producer.Places``): that is the cheapest object to make, and one is made
+    # per call.
     __slots__ = ()
 
     def wait(self, timeout: float | None = None) -> None:
@@ -76,10 +76,9 @@ class Handle(tuple[Any, ...]):
             await asyncio.sleep(pause_s)
 
     def __repr__(self) -> str:
-        if len(self) == 1 and isinstance(self[0], tuple):
-            segment, offset = self[0]
-            return f"<Handle of the point at byte {offset} of {segment.path}>"
-        return f"<Handle of {len(self)} slots>"
+        if len(self) == 2 and isinstance(self[0], Segment):
+            return f"<Handle of the point at byte {self[1]} of {self[0].path}>"
+        return f"<Handle of {len(self) // 2} slots>"
 
     def _pauses(self) -> Iterator[float]:
         """Seconds between looks, growing; before the first pause delivery is told to hurry."""
@@ -93,15 +92,15 @@ class Handle(tuple[Any, ...]):
 
     def _slots(self) -> dict[Segment, list[int]]:
         slots: dict[Segment, list[int]] = {}
-        for place in self:
-            if isinstance(place, tuple):
-                slots.setdefault(place[0], []).append(place[1])
+        for segment, offset in zip(self[::2], self[1::2], strict=True):
+            if segment is not None:
+                slots.setdefault(segment, []).append(offset)
         return slots
 
     def _outcome(self) -> tuple[bool, DeliveryError | None]:
         """Whether nothing is on its way any more, and what went wrong."""
         done = True
-        reasons = [place for place in self if isinstance(place, str)]
+        reasons = [reason for reason in self[1::2] if isinstance(reason, str)]
         for segment, offsets in self._slots().items():
             states = slot_states(segment.path, offsets)
             if COMMITTED in states or EMPTY in states:

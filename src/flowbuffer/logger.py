@@ -21,7 +21,7 @@ from flowbuffer.handle import Handle
 from flowbuffer.report import Progress, Report, Stats
 from flowbuffer.settings import Settings, environment_rank
 from flowbuffer.spool.points import Number
-from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.producer import Places, Producer
 from flowbuffer.spool.states import committed_points, segments_before, want
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from flowbuffer.passthrough import PassThrough
 
 _log = logging.getLogger("flowbuffer")
+
+#: A method of the producer that logs, or one around it.
+Append = Callable[..., Places]
 
 
 class MetricLogger:
@@ -106,7 +109,7 @@ class MetricLogger:
             InvalidPoint: An argument is none of that (``strict``). Nothing else is affected.
             SpoolFull: There is no room in the spool (``when_full``).
         """
-        return Handle((self._append(key, value, step, timestamp),))
+        return Handle(self._append(key, value, step, timestamp))
 
     def log_metrics(
         self, metrics: Mapping[str, Number], step: int | None = None, timestamp: int | None = None
@@ -238,33 +241,23 @@ class MetricLogger:
 
     def _use(self, producer: Producer | PassThrough) -> None:
         self._producer = producer
-        self._append: Callable[..., Any] = self._wrapped(producer.append)
-        self._append_many: Callable[..., Any] = self._wrapped(producer.append_many, many=True)
-        self._append_series: Callable[..., Any] = self._wrapped(producer.append_series, many=True)
+        self._append = self._wrapped(producer.append)
+        self._append_many = self._wrapped(producer.append_many)
+        self._append_series = self._wrapped(producer.append_series)
 
-    def _wrapped(self, append: Callable[..., Any], *, many: bool = False) -> Callable[..., Any]:
+    def _wrapped(self, append: Append) -> Append:
         """The producer's method, with what seldom-used settings add to it."""
-        if self._settings.enabled and self._settings.delivery == "inline":
-            append = self._delivering(append)
-        if not self._settings.strict:
-            append = self._lenient(append, many)
-        return append
+        producer, collector = self._producer, self._collector
+        if isinstance(producer, Producer) and self._settings.durability == "power":
+            append = _then(append, producer.sync)
+        if collector is not None and self._settings.delivery == "inline":
+            append = _then(append, lambda _: collector.drain())
+        return append if self._settings.strict else self._lenient(append)
 
-    def _delivering(self, append: Callable[..., Any]) -> Callable[..., Any]:
-        """For ``delivery="inline"``."""
-
-        def append_and_deliver(*args: Any) -> Any:
-            place = append(*args)
-            assert self._collector is not None
-            self._collector.drain()
-            return place
-
-        return append_and_deliver
-
-    def _lenient(self, append: Callable[..., Any], many: bool) -> Callable[..., Any]:
+    def _lenient(self, append: Append) -> Append:
         """For ``strict=False``: what cannot be logged is counted, and warned of once per key."""
 
-        def append_or_count(what: Any, *args: Any) -> Any:
+        def append_or_count(what: Any, *args: Any) -> Places:
             try:
                 return append(what, *args)
             except InvalidPoint as error:
@@ -275,7 +268,7 @@ class MetricLogger:
                     self._warned.add(about)
                 if first_time:
                     _log.warning("a point was not logged (strict=False): %s", error)
-                return [*error.stored, str(error)] if many else str(error)
+                return [*error.stored, None, str(error)]
 
         return append_or_count
 
@@ -400,6 +393,15 @@ class MetricLogger:
             return getattr(self, name)(*args)
 
         return reopen
+
+
+def _then(append: Append, finish: Callable[[Places], None]) -> Append:
+    def append_and_finish(*args: Any) -> Places:
+        places = append(*args)
+        finish(places)
+        return places
+
+    return append_and_finish
 
 
 def _refuse(*_: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowbuffer.clock import Clock
+from flowbuffer.spool.producer import Places
 
 _MAX_BATCH = 1000
 
@@ -25,29 +26,30 @@ class PassThrough:
         self._client = MlflowClient(tracking_uri=tracking_uri)
         self._clock = clock
 
-    def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> None:
+    def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> Places:
         """``MlflowClient.log_metric``."""
         self._client.log_metric(self._run_id, key, value, timestamp, step)
         self.stored += 1
+        return ()
 
     def append_many(
         self, metrics: Mapping[str, Any], step: Any = None, timestamp: Any = None
-    ) -> list[None]:
+    ) -> Places:
         """``MlflowClient.log_batch``."""
         time = self._now_ms() if timestamp is None else timestamp
         self._log([(key, value, time, step or 0) for key, value in metrics.items()])
-        return []
+        return ()
 
     def append_series(
         self, key: str, values: Any, steps: Any = None, timestamps: Any = None
-    ) -> list[None]:
+    ) -> Places:
         """``MlflowClient.log_batch``, as often as it takes."""
         count = len(values)
         all_steps = range(count) if steps is None else steps
         times = [self._now_ms()] * count if timestamps is None else timestamps
         columns = zip(values, times, all_steps, strict=True)
         self._log([(key, value, int(time), int(step)) for value, time, step in columns])
-        return []
+        return ()
 
     def _log(self, points: list[tuple[str, Any, int, int]]) -> None:
         from mlflow.entities import Metric

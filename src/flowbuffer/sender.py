@@ -118,6 +118,7 @@ class Sender:
         self._outcomes: queue.SimpleQueue[tuple[_Batch, TransportError | None]] = (
             queue.SimpleQueue()
         )
+        self._held_up: type[TransportError] | None = None  # what was told last
         self._not_before_s = -math.inf
 
     def add(self, reader: Reader) -> Source:
@@ -257,12 +258,13 @@ class Sender:
             self._failed(batch, error)
 
     def _stored(self, batch: _Batch) -> None:
-        if self.failure is not None and not isinstance(self.failure, RejectedError):
-            _log.warning("run %s: delivery goes on", self.run_id)
         self.failure = None
+        batch.attempt = 0
+        if self._held_up and not any(other.attempt for other in self._batches):
+            self._held_up = None
+            _log.warning("run %s: delivery goes on", self.run_id)
         if self.gone:
             self._park(None)
-        batch.attempt = 0
         self._mark(batch.parts.popleft().rows)
         self._next_part(batch)
 
@@ -300,7 +302,8 @@ class Sender:
         batch.due_s = now_s + wait_s
         if error.retry_after_s or isinstance(error, (UnauthorisedError, RunGoneError)):
             self._not_before_s = max(self._not_before_s, batch.due_s)
-        if type(self.failure) is not type(error):
+        if self._held_up is not type(error):
+            self._held_up = type(error)
             _log.warning(
                 "run %s: delivery is held up and goes on trying; the points are safe in the spool: "
                 "%s", self.run_id, error.reason,

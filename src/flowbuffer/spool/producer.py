@@ -14,7 +14,7 @@ import os
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,11 @@ class Segment:
         self.hurry = hurry
 
 
-#: Where a point is: its segment, and the offset of its slot in the segment's file. Text instead
-#: says why it is nowhere.
-Place = tuple[Segment, int] | str
+#: Where points are: for each its segment, then the offset of its slot in the segment's file. None
+#: and text instead say why a point is nowhere. Flat, because one is made per call.
+Places = Sequence[Segment | int | str | None]
 
-_DROPPED = "it was dropped: the spool was full (when_full='drop_newest')"
+_DROPPED: Places = (None, "it was dropped: the spool was full (when_full='drop_newest')")
 
 
 class Producer:
@@ -111,7 +111,7 @@ class Producer:
 
     # The three calls. Everything that can fail comes before the reservation.
 
-    def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> Place:
+    def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> Places:
         """Store one point and return its place.
 
         Raises:
@@ -128,30 +128,28 @@ class Producer:
             step = 0
         elif type(step) is not int:
             step = checked_step(step)
-        if timestamp is not None:
-            timestamp = checked_timestamp(timestamp)
+        # The time comes before the reservation: a thread that is held up between the two then
+        # stores a time before its neighbours', and rises to theirs within its own call. The other
+        # way round, all that the others logged meanwhile would rise to its time.
+        if timestamp is None:
+            time = self._now_ns()
+            flags = 0
+        else:
+            time = checked_timestamp(timestamp)
+            flags = EXPLICIT
         reserve, buffer, segment = self._current
         offset = reserve()
         try:
-            if timestamp is None:
-                _pack_into(
-                    buffer, offset, self._now_ns(), value, step, offset, key_id, 0, COMMITTED
-                )
-            else:
-                _pack_into(
-                    buffer, offset, timestamp, value, step, offset, key_id, EXPLICIT, COMMITTED
-                )
+            _pack_into(buffer, offset, time, value, step, offset, key_id, flags, COMMITTED)
         except BaseException as error:
             if not self._make_room(error, buffer, offset, segment, step):
                 return _DROPPED
             return self.append(key, value, step, timestamp)
-        if self._power:
-            self._sync(buffer, offset)
         return segment, offset
 
     def append_many(
         self, metrics: Mapping[str, Any], step: Any = None, timestamp: Any = None
-    ) -> list[Place]:
+    ) -> Places:
         """Store one point per key, all with one step and time; the places in the order of the keys.
 
         Raises:
@@ -166,8 +164,7 @@ class Producer:
             time, flags = self._now_ns(), 0
         else:
             time, flags = checked_timestamp(timestamp), EXPLICIT
-        places: list[Place] = []
-        add = places.append
+        places: list[Segment | int | str | None] = []
         errors: list[InvalidPoint] = []
         key_ids = self._key_ids
         reserve, buffer, segment = self._current
@@ -188,14 +185,12 @@ class Producer:
                 _pack_into(buffer, offset, time, value, step, offset, key_id, flags, COMMITTED)
             except BaseException as error:
                 if self._make_room(error, buffer, offset, segment, step):
-                    add(self.append(key, value, step, timestamp))
+                    places += self.append(key, value, step, timestamp)
                 else:
-                    add(_DROPPED)
+                    places += _DROPPED
                 reserve, buffer, segment = self._current
                 continue
-            add((segment, offset))
-        if self._power:
-            self._sync(buffer, *(p[1] for p in places if isinstance(p, tuple) and p[0] is segment))
+            places += segment, offset
         if errors:
             invalid = InvalidPoint("; ".join(map(str, errors)))
             invalid.stored, invalid.count = places, len(errors)
@@ -204,7 +199,7 @@ class Producer:
 
     def append_series(
         self, key: str, values: Any, steps: Any = None, timestamps: Any = None
-    ) -> list[Place]:
+    ) -> Places:
         """Store a series: one journal frame and one slot for each 64 Ki points of it.
 
         Raises:
@@ -213,7 +208,7 @@ class Producer:
         """
         key_id = self._add_key(key)
         columns = checked_series(key, values, steps, timestamps)
-        places: list[Place] = []
+        places: list[Segment | int | str | None] = []
         for first in range(0, len(columns[0]), layout.MAX_SERIES_POINTS):
             value, step, time = (
                 None if column is None else column[first : first + layout.MAX_SERIES_POINTS]
@@ -226,8 +221,20 @@ class Producer:
             parts = [layout.SERIES_HEADER.pack(flags, key_id, first), value.tobytes()]
             parts += [column.tobytes() for column in (step, time) if column is not None]
             frame = layout.frame(len(value), b"".join(parts))
-            places.append(self._append_frame(frame, key_id, len(value)))
+            places += self._append_frame(frame, key_id, len(value))
         return places
+
+    def sync(self, places: Places) -> None:
+        """Bring these points to the disk itself (``durability="power"``)."""
+        for segment in {segment for segment in places[::2] if isinstance(segment, Segment)}:
+            try:
+                descriptor = open_file(segment.path, os.O_RDWR)
+            except FileNotFoundError:
+                continue  # delivered already
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def barrier(self) -> tuple[int, int]:
         """A place (segment number, offset) that every point logged until now lies before."""
@@ -276,9 +283,15 @@ class Producer:
             return self._key_ids[key]
 
     def _make_room(
-        self, error: BaseException, buffer: Any, offset: int, segment: Segment, step: Any
+        self,
+        error: BaseException,
+        buffer: Any,
+        offset: int,
+        segment: Segment,
+        step: Any,
+        points: int = 1,
     ) -> bool:
-        """After a store failed: True if it can be tried again, False if the point was dropped.
+        """After a store failed: True if it can be tried again, False if the points were dropped.
 
         Raises:
             SpoolFull: There is no room.
@@ -289,7 +302,7 @@ class Producer:
             if isinstance(error, struct.error):
                 checked_step(step)
             raise error
-        return self._when_there_is_room(lambda: self._advance(segment))
+        return self._when_there_is_room(lambda: self._advance(segment), points)
 
     def _advance(self, full: Segment) -> None:
         with self._lock:
@@ -328,9 +341,10 @@ class Producer:
         reserve = itertools.count(layout.SEGMENT_HEADER_SIZE, SLOT_SIZE).__next__
         return reserve, buffer, Segment(path, number, self._hurry)
 
-    def _append_frame(self, frame: bytes, key_id: int, points: int) -> Place:
+    def _append_frame(self, frame: bytes, key_id: int, points: int) -> Places:
         """Store a journal frame and the slot that points to it."""
         while True:
+            time = self._now_ns()
             reserve, buffer, segment = self._current
             position = -1
 
@@ -338,24 +352,18 @@ class Producer:
                 nonlocal position
                 position = self._write_journal(segment, frame)
 
-            if not self._when_there_is_room(write):
-                self.dropped["spool_full"] += points - 1  # one of them was counted
+            if not self._when_there_is_room(write, points):
                 return _DROPPED
             if position < 0:
                 continue  # the segment changed meanwhile
+            slot = (time, float(points), position)
             offset = reserve()
             try:
-                _pack_into(
-                    buffer, offset, self._now_ns(), float(points), position, offset, key_id,
-                    SERIES, COMMITTED,
-                )  # fmt: skip
+                _pack_into(buffer, offset, *slot, offset, key_id, SERIES, COMMITTED)
             except BaseException as error:
-                if not self._make_room(error, buffer, offset, segment, position):
-                    self.dropped["spool_full"] += points - 1
+                if not self._make_room(error, buffer, offset, segment, position, points):
                     return _DROPPED
                 continue
-            if self._power:
-                self._sync(buffer, offset)
             return segment, offset
 
     def _write_journal(self, segment: Segment, frame: bytes) -> int:
@@ -386,8 +394,8 @@ class Producer:
             self._journal_bytes += len(frame)
             return position
 
-    def _when_there_is_room(self, write: Callable[[], None]) -> bool:
-        """Call ``write`` as ``when_full`` says; False if the point was dropped."""
+    def _when_there_is_room(self, write: Callable[[], None], points: int) -> bool:
+        """Call ``write`` as ``when_full`` says; False if the ``points`` were dropped."""
         settings, clock = self._settings, self._clock
         deadline_s = clock.monotonic_s() + settings.block_timeout_s
         while True:
@@ -402,7 +410,7 @@ class Producer:
                 self._hurry()
                 if settings.when_full == "drop_newest":
                     with self._lock:
-                        self.dropped["spool_full"] += 1
+                        self.dropped["spool_full"] += points
                     return False
                 if settings.when_full == "raise":
                     raise
@@ -442,12 +450,6 @@ class Producer:
         if self._journal >= 0:
             os.close(self._journal)
             self._journal = -1
-
-    def _sync(self, buffer: Any, *offsets: int) -> None:
-        """Bring the pages of these slots to the disk."""
-        if offsets:
-            start = min(offsets) // mmap.PAGESIZE * mmap.PAGESIZE
-            buffer.flush(start, min(max(offsets) + SLOT_SIZE, len(buffer)) - start)
 
 
 def _reserve_blocks(descriptor: int, size: int) -> None:

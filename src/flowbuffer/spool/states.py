@@ -103,7 +103,7 @@ def parked_reason(folder: Path) -> str | None:
 
 def points_in(rows: NDArray[Any], state: int = COMMITTED) -> int:
     """The points in these slots whose state is ``state``; a series counts as all of its points."""
-    counted = rows[rows["state"] == state]
-    series = counted["value"][(counted["flags"] & SERIES) != 0]
+    counted = rows["state"] == state
+    series = rows["value"][counted & ((rows["flags"] & SERIES) != 0)]
     sizes = series[(series >= 1) & (series <= layout.MAX_SERIES_POINTS)]
-    return len(counted) - len(series) + int(sizes.sum())
+    return int(counted.sum()) - len(series) + int(sizes.sum())
