@@ -313,3 +313,16 @@ def test_a_rejected_series_point(tmp_path: Path) -> None:
     assert spool.values("k") == [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0]
     assert slot_states(segment.path, [offset]) == [REJECTED]
     assert spool.sender.run_id == RUN
+
+
+def test_a_long_journal_ends_its_segment(tmp_path: Path) -> None:
+    """P6: series that are delivered free the disk, however few slots they take."""
+    spool = SmallSpool(tmp_path / "spool", segment_slots=4096, max_spool_bytes=1 << 20)
+    for value in range(100):  # 5 MB in all, in 100 slots
+        spool.producer.append_series("k", [float(value)] * 6000)
+        spool.producer.append("j", float(value))
+        spool.deliver()
+        spool.sender.step()
+    assert len(spool.history("j")) == 100
+    assert spool.source.reader.delivered == 100 * 6001
+    assert spool.spool.used_bytes() < 1 << 20

@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flowbuffer.clock import Clock
 from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolFull
@@ -36,10 +36,15 @@ from flowbuffer.spool.points import (
 FIRST_SEGMENT_SLOTS = 4096
 SEGMENT_SLOTS = 65536
 
+#: A journal longer than this, in bytes, ends its segment.
+_LONG_JOURNAL = 64 << 20
+
 #: ``MADV_POPULATE_WRITE`` (Linux 5.14): take the page faults of a segment at once.
 _POPULATE_WRITE = 23
 
 _pack_into = SLOT.pack_into
+
+T = TypeVar("T")
 
 
 class Segment:
@@ -94,6 +99,8 @@ class Producer:
         self._clock = clock
         self._now_ns = clock.now_ns
         self._hurry = hurry
+        # A journal goes with its segment, so a segment ends when its journal is long.
+        self._journal_limit = min(_LONG_JOURNAL, settings.max_spool_bytes // 8)
         # A small spool has room for several segments still, so that delivered ones can go.
         most = max(settings.max_spool_bytes // 4 // SLOT_SIZE, 1)
         self._segment_slots = [min(slots, most) for slots in segment_slots]
@@ -107,7 +114,15 @@ class Producer:
         self._journal = -1
         self._journal_bytes = 0
         # What a store needs, in one tuple, so that no thread ever sees halves of two segments.
-        self._current = self._next_segment(0)
+        # At first there is no room, so the first store makes the first segment.
+        self._current: tuple[Callable[[], int], Any, Segment] = (
+            itertools.count().__next__,
+            bytearray(),
+            Segment(self._path(-1, "slots"), -1, hurry),
+        )
+        if self._power:
+            for folder in (directory.path, directory.path.parent, spool.root):
+                _sync_directory(folder)
 
     # The three calls. Everything that can fail comes before the reservation.
 
@@ -121,7 +136,9 @@ class Producer:
         try:
             key_id = self._key_ids[key]
         except (KeyError, TypeError):
-            key_id = self._add_key(key)
+            if not self._add_key(key):
+                return _DROPPED
+            key_id = self._key_ids[key]
         if type(value) is not float:
             value = checked_value(key, value)
         if step is None:
@@ -175,8 +192,11 @@ class Producer:
                     value = checked_value(key, value)
             except (KeyError, InvalidPoint):
                 try:
-                    key_id = self._add_key(key)
                     value = checked_value(key, value)
+                    if not self._add_key(key):
+                        places += _DROPPED
+                        continue
+                    key_id = key_ids[key]
                 except InvalidPoint as error:
                     errors.append(error)
                     continue
@@ -206,8 +226,10 @@ class Producer:
             InvalidPoint: As :meth:`append`, for the series as a whole; nothing of it was stored.
             SpoolFull: There is no room (``when_full``).
         """
-        key_id = self._add_key(key)
-        columns = checked_series(key, values, steps, timestamps)
+        columns = checked_series(checked_key(key), values, steps, timestamps)
+        if not self._add_key(key, len(columns[0])):
+            return _DROPPED
+        key_id = self._key_ids[key]
         places: list[Segment | int | str | None] = []
         for first in range(0, len(columns[0]), layout.MAX_SERIES_POINTS):
             value, step, time = (
@@ -265,21 +287,18 @@ class Producer:
 
     # What is seldom needed: keys, segments, journals, no room.
 
-    def _add_key(self, key: Any) -> int:
-        try:
-            if key in self._key_ids:
-                return self._key_ids[key]
-        except TypeError:
-            pass  # unhashable; the check says so
+    def _add_key(self, key: Any, points: int = 1) -> bool:
+        """Give a key its id; False if its ``points`` were dropped because the disk is full."""
         checked_key(key)
+        return self._when_there_is_room(lambda: self._write_key(str(key)), points) is not None
+
+    def _write_key(self, key: str) -> int:
         with self._lock:
             self._check_open()
             if key not in self._key_ids:
                 identity = len(self._key_ids)
-                os.write(self._keys, layout.frame(identity, key.encode()))
-                if self._power:
-                    os.fsync(self._keys)
-                self._key_ids[str(key)] = identity
+                self._write(self._keys, layout.frame(identity, key.encode()))
+                self._key_ids[key] = identity
             return self._key_ids[key]
 
     def _make_room(
@@ -302,35 +321,40 @@ class Producer:
             if isinstance(error, struct.error):
                 checked_step(step)
             raise error
-        return self._when_there_is_room(lambda: self._advance(segment), points)
+        return self._when_there_is_room(lambda: self._advance(segment), points) is not None
 
-    def _advance(self, full: Segment) -> None:
+    def _advance(self, full: Segment) -> Segment:
+        """Go on to the segment after ``full``, unless another thread did; the current one."""
         with self._lock:
             self._check_open()
-            if self._current[2] is not full:
-                return  # another thread was here first
-            self._close_journal()
+            reserve, buffer, segment = self._current
+            if segment is not full:
+                return segment
             self._current = self._next_segment(full.number + 1)
+            self._close_journal()
+            # If room was left, it is taken here, so that the reader does not wait for it.
+            while (offset := reserve()) + SLOT_SIZE <= len(buffer):
+                buffer[offset + STATE_OFFSET] = VOID
+            return self._current[2]
 
     def _next_segment(self, number: int) -> tuple[Callable[[], int], Any, Segment]:
         slots = self._segment_slots[number > 0]
         size = layout.segment_size(slots)
         self._check_allowance(size)
         path = self._path(number, "slots")
-        descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        unborn = path.with_suffix(".new")
         try:
-            _reserve_blocks(descriptor, size)
-            os.pwrite(descriptor, layout.segment_header(number, slots), 0)
-            buffer = mmap.mmap(descriptor, size)
-        except BaseException as error:
-            path.unlink()
-            if isinstance(error, OSError):
-                raise SpoolFull(
-                    f"no room for a segment of {size} bytes at {path}: {error}"
-                ) from error
-            raise
-        finally:
-            os.close(descriptor)
+            descriptor = open_file(unborn, os.O_RDWR | os.O_CREAT)
+            try:
+                _reserve_blocks(descriptor, size)
+                os.pwrite(descriptor, layout.segment_header(number, slots), 0)
+                buffer = mmap.mmap(descriptor, size)
+                unborn.rename(path)  # the reader finds it whole, or not at all
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            unborn.unlink(missing_ok=True)
+            raise SpoolFull(f"no room for a segment of {size} bytes at {path}: {error}") from error
         try:
             buffer.madvise(_POPULATE_WRITE)
         except (AttributeError, OSError, ValueError):
@@ -345,17 +369,10 @@ class Producer:
         """Store a journal frame and the slot that points to it."""
         while True:
             time = self._now_ns()
-            reserve, buffer, segment = self._current
-            position = -1
-
-            def write(segment: Segment = segment) -> None:
-                nonlocal position
-                position = self._write_journal(segment, frame)
-
-            if not self._when_there_is_room(write, points):
+            written = self._when_there_is_room(lambda: self._write_journal(frame), points)
+            if written is None:
                 return _DROPPED
-            if position < 0:
-                continue  # the segment changed meanwhile
+            reserve, buffer, segment, position = written
             slot = (time, float(points), position)
             offset = reserve()
             try:
@@ -366,44 +383,44 @@ class Producer:
                 continue
             return segment, offset
 
-    def _write_journal(self, segment: Segment, frame: bytes) -> int:
-        """The offset of the frame in the segment's journal; -1 if the segment is full by now."""
+    def _write_journal(self, frame: bytes) -> tuple[Callable[[], int], Any, Segment, int]:
+        """Write to the journal of the current segment; what its slot needs, and the offset."""
         with self._lock:
             self._check_open()
-            if self._current[2] is not segment:
-                return -1
+            if self._current[2].number < 0 or self._journal_bytes > self._journal_limit:
+                self._advance(self._current[2])
             self._check_allowance(len(frame))
+            reserve, buffer, segment = self._current
             if self._journal < 0:
                 self._journal = self._open(self._path(segment.number, "journal").name)
-                self._journal_bytes = 0
             position = self._journal_bytes
-            try:
-                rest = memoryview(frame)
-                while rest:
-                    rest = rest[os.write(self._journal, rest) :]
-                if self._power:
-                    os.fsync(self._journal)
-            except BaseException as error:
-                os.ftruncate(self._journal, position)
-                if isinstance(error, OSError):
-                    folder = segment.path.parent
-                    raise SpoolFull(
-                        f"no room for {len(frame)} bytes in {folder}: {error}"
-                    ) from error
-                raise
+            self._write(self._journal, frame)
             self._journal_bytes += len(frame)
-            return position
+            return reserve, buffer, segment, position
 
-    def _when_there_is_room(self, write: Callable[[], None], points: int) -> bool:
-        """Call ``write`` as ``when_full`` says; False if the ``points`` were dropped."""
+    def _write(self, descriptor: int, content: bytes) -> None:
+        """Append to a file, all or nothing."""
+        size = os.fstat(descriptor).st_size
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            if self._power:
+                os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            folder = self.directory.path
+            raise SpoolFull(f"no room for {len(content)} bytes in {folder}: {error}") from error
+
+    def _when_there_is_room(self, write: Callable[[], T], points: int) -> T | None:
+        """What ``write`` returns, called as ``when_full`` says; None if ``points`` were dropped."""
         settings, clock = self._settings, self._clock
         deadline_s = clock.monotonic_s() + settings.block_timeout_s
         while True:
             try:
                 if clock.monotonic_s() < self._full_until_s and settings.when_full != "block":
                     raise SpoolFull(self._said_full())
-                write()
-                return True
+                return write()
             except SpoolFull as error:
                 now_s = clock.monotonic_s()
                 self._full_until_s = max(self._full_until_s, now_s + 0.02)
@@ -411,7 +428,7 @@ class Producer:
                 if settings.when_full == "drop_newest":
                     with self._lock:
                         self.dropped["spool_full"] += points
-                    return False
+                    return None
                 if settings.when_full == "raise":
                     raise
                 if now_s >= deadline_s:
@@ -450,6 +467,7 @@ class Producer:
         if self._journal >= 0:
             os.close(self._journal)
             self._journal = -1
+            self._journal_bytes = 0
 
 
 def _reserve_blocks(descriptor: int, size: int) -> None:
