@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flowbuffer.delivery_client import error_of_status, retry_after_s
 from flowbuffer.errors import (
     RejectedError,
     RetriableError,
@@ -13,12 +14,7 @@ from flowbuffer.errors import (
     UnauthorisedError,
 )
 from flowbuffer.retry import RetryPolicy
-from flowbuffer.transport import (
-    absolute_uri,
-    error_of_status,
-    retry_after_s,
-    without_credentials,
-)
+from flowbuffer.transport import absolute_uri, without_credentials
 
 POLICY = RetryPolicy(first_s=1.0, most_s=8.0, uniform=lambda _low, high: high)
 

@@ -1,0 +1,208 @@
+"""An ``MlflowClient`` for delivery alone, apart from the one that the training code uses.
+
+Its store shares no asynchronous queue with the training code's, so that ``end_run`` or
+``flush_async_logging`` there can neither stop a batch nor wait for one, and its HTTP requests are
+tried once, because trying again is the sender's business. ``docs/design.md`` says what MLflow's
+queue does otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.errors import (
+    RejectedError,
+    RetriableError,
+    RunGoneError,
+    TooLargeError,
+    TransportError,
+    UnauthorisedError,
+)
+
+
+class _CallersQueue:
+    """In place of a store's asynchronous queue: the batch is stored by the thread that brings it.
+
+    The transport's threads are the asynchrony. MLflow's own queue would store the batches of one
+    run in any order, and its executors' threads would be joined at the end of the process however
+    long a dead server takes.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def log_batch_async(self, run_id: str, params: Any, tags: Any, metrics: Any) -> Any:
+        from mlflow.utils.async_logging.run_operations import RunOperations
+
+        self._store.log_batch(run_id=run_id, metrics=metrics, params=params, tags=tags)
+        return RunOperations([])
+
+    def is_active(self) -> bool:
+        return True
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def delivery_client(uri: str, timeout_s: float) -> Any:
+    """An ``MlflowClient`` whose tracking store is its own."""
+    from mlflow.store.tracking.rest_store import RestStore
+    from mlflow.tracking import MlflowClient
+    from mlflow.tracking._tracking_service.client import TrackingServiceClient
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+    store = _tracking_store_registry.get_store_builder(uri)(store_uri=uri, artifact_uri=None)
+    if hasattr(store, "_async_logging_queue"):
+        store._async_logging_queue = _CallersQueue(store)
+    if _forked and hasattr(store, "engine"):
+        store.engine.dispose(close=False)  # its connections are the parent's
+    if type(store) is RestStore:
+        requests = _SingleRequests(store, timeout_s)
+        store._call_endpoint = requests.call_endpoint
+        store.log_batch = requests.log_batch
+
+    class PrivateTrackingClient(TrackingServiceClient):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.tracking_uri = uri
+
+        @property
+        def store(self) -> Any:
+            return store
+
+    client = MlflowClient(tracking_uri=uri)
+    client._tracking_client = PrivateTrackingClient()
+    return client
+
+
+class _SingleRequests:
+    """What delivery uses of ``RestStore``, each call one HTTP request.
+
+    MLflow's own would try again for minutes inside one call, multiply our retries, and drop
+    ``Retry-After``. And it turns a batch into protocol buffers, JSON, a dict and JSON again, which
+    takes 24 µs of CPU a metric; here it is a dict and JSON, 2 µs.
+    """
+
+    def __init__(self, store: Any, timeout_s: float) -> None:
+        self._store = store
+        self._timeout_s = (min(timeout_s, 10.0), timeout_s)  # to connect, to read
+
+    def log_batch(self, run_id: str, metrics: Any, params: Any, tags: Any) -> None:
+        """``POST mlflow/runs/log-batch``, as MLflow's REST API documents it."""
+        from mlflow.protos.service_pb2 import LogBatch
+
+        body = {
+            "run_id": run_id,
+            "metrics": [_metric_fields(metric) for metric in metrics],
+            "params": [{"key": param.key, "value": param.value} for param in params],
+            "tags": [{"key": tag.key, "value": tag.value} for tag in tags],
+        }
+        self._request(LogBatch, body)
+
+    def call_endpoint(self, api: Any, json_body: str | None = None, **_: Any) -> Any:
+        """``RestStore._call_endpoint``, for whatever else is asked."""
+        from mlflow.utils.proto_json_utils import parse_dict
+
+        body = json.loads(json_body) if json_body else None
+        answer = api.Response()
+        parse_dict(self._request(api, body), answer)
+        return answer
+
+    def _request(self, api: Any, body: Any) -> Any:
+        from mlflow.exceptions import MlflowException
+        from mlflow.utils.rest_utils import http_request
+
+        endpoint, method = self._store._METHOD_TO_INFO[api]
+        try:
+            response = http_request(
+                self._store.get_host_creds(),
+                endpoint,
+                method,
+                max_retries=0,
+                raise_on_status=False,
+                timeout=self._timeout_s,
+                **{"params" if method == "GET" else "json": body},
+            )
+        except MlflowException as error:
+            raise RetriableError(first_line(error)) from error
+        if response.status_code != 200:
+            raise error_of_status(
+                response.status_code,
+                f"{response.status_code} {_said(response.text)}",
+                retry_after_s(response.headers.get("Retry-After"), SYSTEM_CLOCK.now_ns() / 1e9),
+            )
+        return response.json()
+
+
+def _metric_fields(metric: Any) -> dict[str, Any]:
+    value = metric.value
+    fields = {
+        "key": metric.key,
+        "value": value if math.isfinite(value) else _NOT_FINITE[repr(value)],
+        "timestamp": metric.timestamp,
+        "step": metric.step,
+    }
+    for name in ("model_id", "dataset_name", "dataset_digest"):
+        if getattr(metric, name):
+            fields[name] = getattr(metric, name)
+    return fields
+
+
+#: As protocol buffers write them in JSON (protobuf.dev, "ProtoJSON Format").
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+
+
+def error_of_status(status: int, reason: str, retry_after: float | None = None) -> TransportError:
+    """The error that an HTTP status stands for."""
+    kind: type[TransportError]
+    if status in (408, 429) or status >= 500 or status < 400:
+        kind = RetriableError
+    elif status in (401, 403):
+        kind = UnauthorisedError
+    elif status == 404:
+        kind = RunGoneError
+    elif status == 413:
+        kind = TooLargeError
+    else:
+        kind = RejectedError
+    return kind(reason, retry_after)
+
+
+def retry_after_s(header: str | None, now_s: float) -> float | None:
+    """Seconds from a ``Retry-After`` header (RFC 9110, 10.2.3): a number, or a date."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - now_s
+        except (TypeError, ValueError):
+            return None
+    return seconds if 0 <= seconds < float("inf") else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, of bounded length."""
+    return (str(error) or type(error).__name__).split("\n")[0][:1000]
+
+
+def _said(body: str) -> str:
+    """The message in the body of an error."""
+    try:
+        said = json.loads(body)
+        return f"{said.get('error_code', '')}: {said['message']}"[:1000]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return " ".join(body.split())[:1000]
