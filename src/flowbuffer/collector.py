@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK, Clock
-from flowbuffer.errors import SpoolError
 from flowbuffer.sender import Sender, Source
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import ProducerDirectory, Spool
 from flowbuffer.spool.reader import Reader
-from flowbuffer.spool.states import dead_letters
+from flowbuffer.spool.states import has_dead_letters
 from flowbuffer.transport import MlflowTransport, Transport, absolute_uri, without_credentials
 
 _log = logging.getLogger("flowbuffer")
@@ -182,7 +181,7 @@ class Collector:
                     self.add(directory, directory.info.tracking_uri, adopted=True)
             except FileNotFoundError:
                 continue  # delivered and removed by another process
-            except (SpoolError, OSError) as error:
+            except Exception as error:
                 self._left.add(folder)
                 _log.warning("%s is left alone: %s", folder, error)
 
@@ -194,12 +193,14 @@ class Collector:
             self._senders = {at: s for at, s in self._senders.items() if s is not stream.sender}
         for problem in stream.reader.problems:
             _log.warning("the spool is damaged: %s", problem)
-        kept = stream.reader.problems or any(dead_letters(stream.directory.path))
-        if kept:
+        if stream.reader.problems or has_dead_letters(stream.directory.path):
             self._left.add(stream.directory.path)
             stream.directory.lock.release()
         else:
-            stream.directory.remove()
+            try:
+                stream.directory.remove()
+            except OSError as error:
+                _log.warning("%s cannot be removed: %s", stream.directory.path, error)
         stream.done = True
 
 

@@ -123,7 +123,12 @@ class Sender:
 
     def add(self, reader: Reader) -> Source:
         """Deliver what ``reader`` reads, too."""
-        source = Source(reader, TieRule(reader.carry))
+        try:
+            ties = TieRule(reader.carry)
+        except ValueError as error:
+            reader.problems.append(f"{reader.folder / 'carry'} is not used: {error}")
+            ties = TieRule()
+        source = Source(reader, ties)
         self.sources.append(source)
         return source
 

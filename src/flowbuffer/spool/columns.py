@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from flowbuffer.errors import SpoolFormatError
 from flowbuffer.spool import layout
 from flowbuffer.spool.directory import open_file
-from flowbuffer.spool.layout import EXPLICIT, SERIES, VOID
+from flowbuffer.spool.layout import EXPLICIT, SERIES
 
 SLOT_DTYPE: Final = np.dtype(layout.SLOT_COLUMNS)  # type: ignore[call-overload]
 
@@ -39,8 +39,9 @@ class Block:
     state: NDArray[np.uint8]
 
 
-def mapped_segment(path: Path, number: int) -> tuple[NDArray[Any], NDArray[np.uint32]]:
-    """The slots of a segment and its field ``wanted``, as arrays over the mapped file.
+def mapped_segment(path: Path, number: int) -> tuple[NDArray[Any], NDArray[np.uint32], int]:
+    """The slots of a segment and its field ``wanted``, as arrays over the mapped file; and how many
+    slots are missing, because the file was cut off.
 
     Raises:
         SpoolFormatError: It is not segment ``number`` of this format, or has not one whole slot.
@@ -61,6 +62,7 @@ def mapped_segment(path: Path, number: int) -> tuple[NDArray[Any], NDArray[np.ui
     return (
         np.frombuffer(data, SLOT_DTYPE, held, layout.SEGMENT_HEADER_SIZE),
         np.frombuffer(data, "<u4", 1, layout.WANTED_OFFSET),
+        slots - held,
     )
 
 
@@ -73,7 +75,7 @@ def sound_slots(
         np.isin(rows["key"], keys)
         & (rows["offset"] == offsets)
         & (rows["flags"] <= (EXPLICIT | SERIES))
-        & (rows["state"] <= VOID)
+        & np.isin(rows["state"], layout.STATES)
         & (rows["time"] >= 0)
     )
     return sound
@@ -91,7 +93,8 @@ def series_columns(journal: Path, slot: Sequence[Any]) -> Sequence[NDArray[Any]]
         file.seek(max(int(position), 0))
         head = file.read(layout.FRAME_HEADER.size)
         length = layout.FRAME_HEADER.unpack(head)[1]
-        n, payload = layout.parse_frame(head + file.read(min(length, layout.MAX_FRAME_PAYLOAD)))
+        there = os.fstat(file.fileno()).st_size - file.tell()
+        n, payload = layout.parse_frame(head + file.read(max(min(length, there), 0)))
     flags, own_key, first = layout.SERIES_HEADER.unpack_from(payload)
     has_steps, has_times = bool(flags & layout.SERIES_STEPS), bool(flags & layout.SERIES_TIMES)
     start = layout.SERIES_HEADER.size

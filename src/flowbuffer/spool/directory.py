@@ -12,6 +12,7 @@ import os
 import platform
 import stat
 import weakref
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,6 +90,11 @@ class ProducerInfo:
     start_ms: int
     format: int = FORMAT_VERSION
 
+    def to_json(self) -> bytes:
+        """As JSON, with the CRC-32 of the rest in ``checksum``."""
+        fields = asdict(self)
+        return json.dumps({**fields, "checksum": _checksum(fields)}).encode()
+
 
 @dataclass(frozen=True)
 class ProducerDirectory:
@@ -137,7 +143,19 @@ class Spool:
             raise SpoolError(f"the spool {root} lies on a {kind} file system; {_MOVE_IT}")
 
     def add_producer(self, info: ProducerInfo) -> ProducerDirectory:
-        """A new folder for one producer, its lock held."""
+        """A new folder for one producer, its lock held.
+
+        Raises:
+            SpoolError: It cannot be made.
+        """
+        try:
+            return self._add_producer(info)
+        except OSError as error:
+            if isinstance(error, SpoolError):
+                raise
+            raise SpoolError(f"no producer's folder can be made in {self.root}: {error}") from error
+
+    def _add_producer(self, info: ProducerInfo) -> ProducerDirectory:
         run = self.root / escaped(info.run_id)
         name = f"{escaped(info.host)[:40]}-{info.pid}-{os.urandom(6).hex()}"
         unborn = run / f".{name}"
@@ -151,7 +169,7 @@ class Spool:
         lock = FileLock.take(unborn / "producer.lock", create=True)
         if lock is None:
             raise SpoolError(f"the new folder {unborn} is locked by another process")
-        write_file(unborn / "producer.json", json.dumps(asdict(info)).encode())
+        write_file(unborn / "producer.json", info.to_json())
         unborn.rename(run / name)
         return ProducerDirectory(run / name, info, lock)
 
@@ -198,7 +216,8 @@ def read_info(folder: Path) -> ProducerInfo:
     path = folder / "producer.json"
     try:
         said = json.loads(read_file(path, limit=65536))
-        if said["format"] != FORMAT_VERSION:
+        intact = said.pop("checksum") == _checksum(said)
+        if intact and said["format"] != FORMAT_VERSION:
             raise SpoolFormatError(
                 f"{path} has format version {said['format']}; this flowbuffer reads version "
                 f"{FORMAT_VERSION}: deliver it with the version that wrote it"
@@ -206,11 +225,15 @@ def read_info(folder: Path) -> ProducerInfo:
         info = ProducerInfo(**said)
     except SpoolFormatError:
         raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SpoolFormatError(f"{path} is missing or damaged ({error!r})") from error
-    if any(not isinstance(said[name], str) for name in ("run_id", "tracking_uri", "host")):
-        raise SpoolFormatError(f"{path} is damaged: it names no run and server")
+    if not intact:
+        raise SpoolFormatError(f"{path} is damaged: its checksum does not match")
     return info
+
+
+def _checksum(fields: dict[str, object]) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def this_producer(run_id: str, tracking_uri: str, rank: int | None, start_ms: int) -> ProducerInfo:
@@ -246,7 +269,7 @@ def open_file(path: Path, flags: int) -> int:
 def read_file(path: Path, *, limit: int) -> bytes:
     """The content of a file, of which at most ``limit`` bytes are read."""
     with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
-        return file.read(limit)
+        return file.read(min(limit, os.fstat(file.fileno()).st_size))
 
 
 def write_file(path: Path, content: bytes, *, durable: bool = False) -> None:

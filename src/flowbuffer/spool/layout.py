@@ -38,10 +38,11 @@
     28      u32    key id
     32      u16    flags: 1 EXPLICIT, the caller gave the timestamp · 2 SERIES
     34      5x     zero
-    39      u8     state: 0 empty · 1 committed · 2 delivered · 3 rejected · 4 void
+    39      u8     state: 0x00 empty · 0x17 committed · 0x2B delivered · 0x4D rejected · 0x8E void
     ======  =====  ===========================================================================
 
-The state is the last byte and is stored last. A producer writes a slot once; after that only the
+The state is the last byte and is stored last; its values differ in three bits or more, so that a
+damaged one is seen. A producer writes a slot once; after that only the
 state changes, and only the one that delivers changes it. An empty slot of a dead producer, and a
 void one anywhere, held no point whose call returned.
 
@@ -74,11 +75,12 @@ from flowbuffer.errors import SpoolFormatError
 
 FORMAT_VERSION: Final = 1
 
-EMPTY: Final = 0
-COMMITTED: Final = 1
-DELIVERED: Final = 2
-REJECTED: Final = 3
-VOID: Final = 4
+EMPTY: Final = 0x00
+COMMITTED: Final = 0x17
+DELIVERED: Final = 0x2B
+REJECTED: Final = 0x4D
+VOID: Final = 0x8E
+STATES: Final = (EMPTY, COMMITTED, DELIVERED, REJECTED, VOID)
 
 EXPLICIT: Final = 1
 SERIES: Final = 2
@@ -112,6 +114,7 @@ MAX_FRAME_PAYLOAD: Final = 64 << 20
 
 #: MLflow's limit on the length of a metric's key, in characters (``MAX_ENTITY_KEY_LENGTH``).
 MAX_KEY_LENGTH: Final = 250
+MAX_KEY_BYTES: Final = 4 * MAX_KEY_LENGTH
 
 SERIES_HEADER: Final = struct.Struct("<IIq")
 SERIES_STEPS: Final = 1
@@ -162,8 +165,10 @@ def frame(identity: int, payload: bytes) -> bytes:
     return FRAME_HEADER.pack(FRAME_MAGIC, len(payload), identity, checksum) + payload
 
 
-def parse_frame(data: bytes | memoryview, position: int = 0) -> tuple[int, bytes]:
-    """The identity and the payload of the frame at ``position``.
+def parse_frame(
+    data: bytes, position: int = 0, limit: int = MAX_FRAME_PAYLOAD
+) -> tuple[int, bytes]:
+    """The identity and the payload, of at most ``limit`` bytes, of the frame at ``position``.
 
     Raises:
         SpoolFormatError: No whole, undamaged frame is there.
@@ -172,9 +177,9 @@ def parse_frame(data: bytes | memoryview, position: int = 0) -> tuple[int, bytes
         raise SpoolFormatError("a frame is cut short")
     magic, length, identity, checksum = FRAME_HEADER.unpack_from(data, position)
     start = position + FRAME_HEADER.size
-    if magic != FRAME_MAGIC or length > MAX_FRAME_PAYLOAD:
+    if magic != FRAME_MAGIC or length > limit:
         raise SpoolFormatError("there is no frame where one should be")
-    payload = bytes(data[start : start + length])
+    payload = data[start : start + length]
     if len(payload) < length:
         raise SpoolFormatError("a frame is cut short")
     if checksum != zlib.crc32(payload, zlib.crc32(struct.pack("<II", length, identity))):
@@ -185,11 +190,13 @@ def parse_frame(data: bytes | memoryview, position: int = 0) -> tuple[int, bytes
 def parse_keys(data: bytes) -> dict[int, str]:
     """The key table: every key whose frame is whole, by its id. Damaged frames are passed over."""
     keys: dict[int, str] = {}
+    most = len(data) // FRAME_HEADER.size  # ids count from 0, so a sound one is below that
     position = data.find(FRAME_MAGIC)
     while position >= 0:
         try:
-            identity, payload = parse_frame(data, position)
-            keys[identity] = payload.decode()
+            identity, payload = parse_frame(data, position, MAX_KEY_BYTES)
+            if identity < most:
+                keys[identity] = payload.decode()
             position += FRAME_HEADER.size + len(payload)
         except (SpoolFormatError, UnicodeDecodeError):
             position += 1

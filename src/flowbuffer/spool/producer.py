@@ -107,6 +107,7 @@ class Producer:
         self._lock = threading.RLock()  # a signal handler may flush while this thread holds it
         self._end: tuple[int, int] | None = None  # the last barrier, once closed
         self._full_until_s = float("-inf")
+        self._full_because = ""
         self._allowance_bytes = 0
         self._power = settings.durability == "power"
         self._key_ids: dict[str, int] = {}
@@ -419,11 +420,11 @@ class Producer:
         while True:
             try:
                 if clock.monotonic_s() < self._full_until_s and settings.when_full != "block":
-                    raise SpoolFull(self._said_full())
+                    raise SpoolFull(self._full_because)  # a moment ago, and probably still
                 return write()
             except SpoolFull as error:
                 now_s = clock.monotonic_s()
-                self._full_until_s = max(self._full_until_s, now_s + 0.02)
+                self._full_until_s, self._full_because = now_s + 0.02, str(error)
                 self._hurry()
                 if settings.when_full == "drop_newest":
                     with self._lock:
@@ -442,15 +443,12 @@ class Producer:
         if size > self._allowance_bytes:
             room = self._settings.max_spool_bytes - self._spool.used_bytes()
             if size > room:
-                raise SpoolFull(self._said_full())
+                raise SpoolFull(
+                    f"the spool {self._spool.root} is full: max_spool_bytes is "
+                    f"{self._settings.max_spool_bytes}, and what it holds is not delivered yet"
+                )
             self._allowance_bytes = min(room, max(size, 1 << 20))
         self._allowance_bytes -= size
-
-    def _said_full(self) -> str:
-        return (
-            f"the spool {self._spool.root} is full: max_spool_bytes is "
-            f"{self._settings.max_spool_bytes}, and what it holds is not delivered yet"
-        )
 
     def _check_open(self) -> None:
         if self._end is not None:

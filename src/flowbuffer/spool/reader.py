@@ -168,10 +168,26 @@ class Reader:
             delivered = max(self.delivered - _settled_points(later, DELIVERED), 0)
             rejected = max(self.rejected - _settled_points(later, REJECTED), 0)
             content = _CARRY.pack(segment.number + 1, delivered, rejected) + self.carry
-            write_file(self.folder / "carry", layout.frame(layout.FORMAT_VERSION, content))
+            self._write_carry(segment.number, layout.frame(layout.FORMAT_VERSION, content))
             self._open.pop(0)
             self._delete(segment.number)
             self._first = segment.number + 1
+
+    def _write_carry(self, number: int, frame: bytes) -> None:
+        path = self.folder / "carry"
+        try:
+            write_file(path, frame)
+        except OSError:
+            # The disk is full. The file of the segment that is to be deleted has the room.
+            reused = path.with_name(".carry.reused")
+            self._path(number).replace(reused)
+            descriptor = open_file(reused, os.O_WRONLY)
+            try:
+                os.pwrite(descriptor, frame, 0)
+                os.ftruncate(descriptor, len(frame))
+            finally:
+                os.close(descriptor)
+            reused.replace(path)
 
     def hurried(self) -> bool:
         """Whether someone waits for a point that is not settled."""
@@ -213,10 +229,12 @@ class Reader:
 
     def dead_letter(self, letter: dict[str, Any]) -> None:
         """Append to ``rejected.jsonl``; call it before :meth:`mark`."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         descriptor = open_file(self.folder / "rejected.jsonl", flags)
         try:
-            os.write(descriptor, json.dumps(letter).encode() + b"\n")
+            size = os.fstat(descriptor).st_size
+            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, b"\n" * bool(torn) + json.dumps(letter).encode() + b"\n")
         finally:
             os.close(descriptor)
 
@@ -300,10 +318,14 @@ class Reader:
             path = self._path(self._next)
         number, self._next = self._next, self._next + 1
         try:
-            segment = _Segment(number, *mapped_segment(path, number))
+            columns, wanted, missing = mapped_segment(path, number)
         except (SpoolError, ValueError) as error:
-            self._problem(f"{path} cannot be read and is left alone: {error}")
+            kept = path.replace(path.with_suffix(".damaged"))  # for nobody to delete
+            self._problem(f"{path} cannot be read and is kept as {kept.name}: {error}")
             return self._open_next()
+        if missing:
+            self._problem(f"{path} was cut off: {missing} of its slots are missing")
+        segment = _Segment(number, columns, wanted)
         self._open.append(segment)
         self._full_counts.pop(number, None)
         return segment

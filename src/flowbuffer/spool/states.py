@@ -84,10 +84,18 @@ def dead_letters(folder: Path) -> Iterator[dict[str, Any]]:
     for line in data.splitlines():
         try:
             letter = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(letter, dict):
             yield letter
+
+
+def has_dead_letters(folder: Path) -> bool:
+    """Whether there are any, readable or not."""
+    try:
+        return (folder / "rejected.jsonl").stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def parked_reason(folder: Path) -> str | None:
@@ -97,7 +105,7 @@ def parked_reason(folder: Path) -> str | None:
         return str(said["reason"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return "parked.json is damaged"
 
 
