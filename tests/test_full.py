@@ -327,13 +327,14 @@ def test_a_disk_without_inodes(disk: Callable[..., Path]) -> None:
     full.check()
 
 
-def test_no_room_for_a_first_segment(disk: Callable[..., Path], sqlite_uri: str) -> None:
-    """A logger that finds no room says so at its first call, with what is full and where."""
+def test_no_room_for_a_first_segment(disk: Callable[..., Path]) -> None:
+    """A logger that finds no room at all says so at its first point: what is full, and where."""
     folder = disk()
-    settings = Settings(spool_dir=folder / "spool", when_full="raise")
+    settings = Settings(spool_dir=folder / "spool", when_full="raise", shutdown_timeout_s=0)
     Spool(folder / "spool")
-    take_all_but(folder, 3)
-    logger = MetricLogger("run", tracking_uri=sqlite_uri, settings=settings)
-    with pytest.raises(SpoolFull, match=str(folder)):
+    take_all_but(folder, 12)
+    with (
+        MetricLogger("run", tracking_uri=NOWHERE, settings=settings) as logger,
+        pytest.raises(SpoolFull, match=str(folder)),
+    ):
         logger.log_metric("loss", 1.0)
-    logger.close()

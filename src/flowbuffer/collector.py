@@ -171,6 +171,7 @@ class Collector:
         return self._senders[uri, run_id]
 
     def _adopt(self) -> None:
+        self.spool.sweep()
         own = {stream.directory.path for stream in self.streams}
         for folder in self.spool.folders():
             if folder in own or folder in self._left:

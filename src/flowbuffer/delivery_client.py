@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -46,19 +47,43 @@ class _CallersQueue:
         return True
 
 
+# MLflow takes locks, and imports, when it makes a store. A fork in that moment would leave them
+# held for ever in the child, so it waits; but not for long.
+_making = threading.Lock()
+_fork_holds_it = False
 _forked = False
 
 
-def _note_fork() -> None:
-    global _forked
+def _before_fork() -> None:
+    global _fork_holds_it
+    _fork_holds_it = _making.acquire(timeout=5.0)
+
+
+def _after_fork_in_parent() -> None:
+    if _fork_holds_it:
+        _making.release()
+
+
+def _after_fork_in_child() -> None:
+    global _forked, _making
     _forked = True
+    _making = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_note_fork)
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 
 
 def delivery_client(uri: str, timeout_s: float) -> Any:
     """An ``MlflowClient`` whose tracking store is its own."""
+    with _making:
+        return _made(uri, timeout_s)
+
+
+def _made(uri: str, timeout_s: float) -> Any:
     from mlflow.store.tracking.rest_store import RestStore
     from mlflow.tracking import MlflowClient
     from mlflow.tracking._tracking_service.client import TrackingServiceClient

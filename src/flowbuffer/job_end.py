@@ -80,7 +80,10 @@ def _install() -> None:
         # Called last registered first; what executors registered must come after ours.
         import concurrent.futures.thread  # noqa: F401
 
-        register(_flush_all)
+        try:
+            register(_flush_all)
+        except RuntimeError:
+            pass  # a thread that outlived the main thread makes its first logger: atexit it is
     _flush_before_set_terminated()
 
 

@@ -276,14 +276,19 @@ class MetricLogger:
         start_s = time.monotonic()
         producer, stream, collector = self._producer, self._stream, self._collector
         if isinstance(producer, Producer) and stream is not None and collector is not None:
-            barrier = producer.barrier()
-            want(producer.directory.path / f"{barrier[0]:08d}.slots", barrier[1])
+            barrier = self._hurry_to(producer)
             self._wait(
                 lambda: stream.done or stream.sender.gone or _is_settled(stream, barrier),
                 None if timeout is None else start_s + timeout,
                 progress=progress,
             )
         return Report(**self._counts(), seconds=time.monotonic() - start_s)
+
+    def _hurry_to(self, producer: Producer) -> tuple[int, int]:
+        """Have everything that was logged until now sent without lingering; where that ends."""
+        number, offset = producer.barrier()
+        want(producer.directory.path / f"{number:08d}.slots", offset)
+        return number, offset
 
     def _close(self, timeout: float | None, status: str, *, progress: bool = False) -> Report:
         with self._opening:
@@ -294,6 +299,7 @@ class MetricLogger:
         if isinstance(producer, Producer) and stream is not None and collector is not None:
             producer.close()
             stream.reader.finish(producer.barrier())
+            self._hurry_to(producer)
             deadline_s = start_s + timeout
             self._wait(lambda: stream.done or stream.sender.gone, deadline_s, progress=progress)
             # What dead producers left is worth waiting for while it gets somewhere.

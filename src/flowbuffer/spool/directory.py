@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import stat
+import time
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ REMOTE_FILE_SYSTEMS = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "davfs", "gfs2", "glusterfs", "gpfs", "lustre"}
     | {"ncpfs", "nfs", "nfs4", "ocfs2", "smb3", "smbfs"}
 )
+#: A hidden folder that nobody holds is unfinished for good once it is this old, in s.
+_UNFINISHED_FOR_S = 60.0
 _MOVE_IT = "set FLOWBUFFER_SPOOL_DIR (spool_dir) to a folder on a local disk or tmpfs"
 
 
@@ -108,13 +111,7 @@ class ProducerDirectory:
         """Delete the folder, and the run's when it was the last one."""
         doomed = self.path.with_name(f".{self.path.name}")
         self.path.rename(doomed)  # at once, so that nobody finds half a folder
-        for entry in os.scandir(doomed):
-            os.unlink(entry.path)
-        doomed.rmdir()
-        try:
-            self.path.parent.rmdir()
-        except OSError:
-            pass  # another producer of the run is there
+        _delete(doomed)
         self.lock.release()
 
 
@@ -194,6 +191,20 @@ class Spool:
         except BaseException:
             lock.release()
             raise
+
+    def sweep(self) -> None:
+        """Delete the folders that a process was making, or deleting, when it died."""
+        for run in _subfolders(self.root):
+            for folder in _subfolders(run, hidden=True):
+                try:
+                    if time.time() - folder.stat().st_mtime < _UNFINISHED_FOR_S:
+                        continue
+                    lock = FileLock.take(folder / "producer.lock", create=True)
+                    if lock is not None:
+                        _delete(folder)
+                        lock.release()
+                except OSError:
+                    continue  # another process was faster
 
     def used_bytes(self) -> int:
         """The bytes of all files in the spool, whoever wrote them."""
@@ -326,12 +337,23 @@ def _private_directory(folder: Path) -> None:
     check_private(folder)
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def _delete(folder: Path) -> None:
+    """Delete a producer's folder, and the run's when it was the last one."""
+    for entry in os.scandir(folder):
+        os.unlink(entry.path)
+    folder.rmdir()
+    try:
+        folder.parent.rmdir()
+    except OSError:
+        pass  # another producer of the run is there
+
+
+def _subfolders(folder: Path, *, hidden: bool = False) -> list[Path]:
     try:
         return sorted(
             Path(entry.path)
             for entry in os.scandir(folder)
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+            if entry.is_dir(follow_symlinks=False) and entry.name.startswith(".") == hidden
         )
     except FileNotFoundError:
         return []

@@ -129,10 +129,9 @@ class Reader:
         if segment is None:
             return None
         end = self._readable_end(segment, limit)
-        first, segment.next_slot = segment.next_slot, end
-        if end == first:
+        if end == segment.next_slot:
             return None
-        return self._block(segment, np.arange(first, end, dtype=np.int32), limit)
+        return self._block(segment, np.arange(segment.next_slot, end, dtype=np.int32), end, limit)
 
     def mark(
         self, segment_number: int, slots: NDArray[np.int32], *, rejected: bool = False
@@ -300,7 +299,8 @@ class Reader:
             if late:
                 for slot in late:
                     del segment.holes[slot]
-                return self._block(segment, np.array(late, dtype=np.int32), len(late), late=True)
+                slots = np.array(late, dtype=np.int32)
+                return self._block(segment, slots, segment.next_slot, 1 << 62)
         return None
 
     def _may_be_late(self, segment: _Segment) -> bool:
@@ -333,8 +333,10 @@ class Reader:
     # From slots to columns.
 
     def _block(
-        self, segment: _Segment, slots: NDArray[np.int32], limit: int, *, late: bool = False
+        self, segment: _Segment, slots: NDArray[np.int32], end: int, limit: int
     ) -> Block | None:
+        """These slots as points; the segment is read up to ``end`` then, or less far if that is
+        more than ``limit`` points."""
         rows = segment.columns[slots]
         present = (rows["state"] != VOID) & (rows["state"] != EMPTY)
         slots, rows = slots[present], rows[present]
@@ -348,8 +350,8 @@ class Reader:
         series = np.flatnonzero(rows["flags"] & SERIES)
         if len(series):
             columns, last = self._with_series(segment, columns, series, limit)
-            if last is not None and not late:
-                segment.next_slot = last + 1
+            if last is not None:
+                end = last + 1
         block_slots, state = columns[0], columns[6]
         unsettled = block_slots[state == COMMITTED]
         unique, counts = np.unique(unsettled, return_counts=True)
@@ -358,7 +360,9 @@ class Reader:
         self.on_their_way += len(unsettled)
         self.delivered += int((state == DELIVERED).sum())
         self.rejected += int((state == REJECTED).sum())
-        ends = not late and segment.next_slot == segment.slots
+        # Only now, so that whoever counts meanwhile counts a point twice rather than never.
+        ends = segment.next_slot < end == segment.slots
+        segment.next_slot = end
         if not len(block_slots) and not ends:
             return None
         return Block(segment.number, ends, *columns)
