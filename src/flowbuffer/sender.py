@@ -150,6 +150,7 @@ class Sender:
         while not self._outcomes.empty():
             self._settle(*self._outcomes.get())
         now_s = self._clock.monotonic_s()
+        self._send(now_s, hurry)  # what is there already, so that no backend waits for the reading
         read = self._read(now_s)
         hurry = hurry or any(source.reader.hurried() for source in self._live())
         next_s = self._send(now_s, hurry)
