@@ -309,13 +309,14 @@ class Reader:
 
     def _open_next(self) -> _Segment | None:
         path = self._path(self._next)
-        while not path.exists():
+        if not path.exists():
             later = [number for number in self._numbers() if number > self._next]
             if not later:
                 return None
-            self._problem(f"{path} is missing; what it held was wiped from the spool")
-            self._next = later[0]
-            path = self._path(self._next)
+            if not path.exists():  # and was not made while we looked
+                self._problem(f"{path} is missing; what it held was wiped from the spool")
+                self._next = later[0]
+                path = self._path(self._next)
         number, self._next = self._next, self._next + 1
         try:
             columns, wanted, missing = mapped_segment(path, number)
