@@ -98,11 +98,12 @@ class Collector:
 
     def start(self) -> None:
         """Deliver in a daemon thread from now on."""
-        if self._thread is None and self._settings.delivery != "inline":
-            self._thread = threading.Thread(
-                target=self._run, name="flowbuffer-collector", daemon=True
-            )
-            self._thread.start()
+        with self._step_lock:
+            if self._thread is None and self._settings.delivery != "inline":
+                self._thread = threading.Thread(
+                    target=self._run, name="flowbuffer-collector", daemon=True
+                )
+                self._thread.start()
 
     def hurry(self) -> None:
         """Look at the spool now."""
