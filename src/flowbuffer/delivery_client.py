@@ -121,7 +121,11 @@ class _SingleRequests:
     """
 
     def __init__(self, store: Any, timeout_s: float) -> None:
+        from mlflow.protos.service_pb2 import MlflowService
+        from mlflow.utils.rest_utils import _REST_API_PATH_PREFIX, extract_api_info_for_service
+
         self._store = store
+        self._endpoints = extract_api_info_for_service(MlflowService, _REST_API_PATH_PREFIX)
         self._timeout_s = (min(timeout_s, 10.0), timeout_s)  # to connect, to read
 
     def log_batch(self, run_id: str, metrics: Any, params: Any, tags: Any) -> None:
@@ -149,7 +153,7 @@ class _SingleRequests:
         from mlflow.exceptions import MlflowException
         from mlflow.utils.rest_utils import http_request
 
-        endpoint, method = self._store._METHOD_TO_INFO[api]
+        endpoint, method = self._endpoints[api]
         try:
             response = http_request(
                 self._store.get_host_creds(),
