@@ -1,6 +1,7 @@
 """Fixtures: an environment of its own for each test, and real backends."""
 
 import os
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -8,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from support.backends import FOREIGN_SETTINGS, MlflowServer, Postgres, copy_sqlite, new_sqlite
+from support.backends import (
+    FOREIGN_SETTINGS,
+    MlflowServer,
+    Postgres,
+    copy_sqlite,
+    make_run,
+    new_sqlite,
+)
+from support.jobs import Job, StartJob, Store
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when a fixture or a test imports MLflow
 
@@ -87,3 +96,27 @@ def server_postgres(
     """A real MLflow server on PostgreSQL. A test that stops it starts it again."""
     with MlflowServer(postgres_uri, tmp_path_factory.mktemp("server_postgres")) as server:
         yield server
+
+
+@pytest.fixture
+def start_job(sqlite_uri: str, tmp_path: Path) -> Iterator[StartJob]:
+    """Starts jobs, real processes, on one fresh run; none outlives the test."""
+    jobs: list[Job] = []
+    run_id = make_run(sqlite_uri)
+
+    def start(code: str, uri: str = sqlite_uri, **environment: str) -> Job:
+        script = tmp_path / f"job{len(jobs)}.py"
+        jobs.append(Job(script, uri, run_id, code, **environment))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.kill()
+
+
+@pytest.fixture
+def store(sqlite_uri: str) -> Iterator[Store]:
+    """What the jobs of `start_job` stored, read past MLflow."""
+    connection = sqlite3.connect(sqlite_uri.removeprefix("sqlite:///"), timeout=30)
+    yield Store(connection)
+    connection.close()

@@ -2,17 +2,15 @@
 time. Each job is a real process."""
 
 import signal
-import sqlite3
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from support.backends import free_port, make_run
-from support.jobs import Job, Store
+from support.backends import free_port
+from support.jobs import StartJob, Store
 from support.waiting import wait_until
 
 POINTS = 3000  # three batches
@@ -20,32 +18,6 @@ LOG = f"""
 for step in range({POINTS}):
     logger.log_metric("loss", -float(step), step=step)
 """
-
-
-StartJob = Callable[..., Job]
-
-
-@pytest.fixture
-def start_job(sqlite_uri: str, tmp_path: Path) -> Iterator[StartJob]:
-    """Starts jobs on one fresh run; none outlives the test."""
-    jobs: list[Job] = []
-    run_id = make_run(sqlite_uri)
-
-    def start(code: str, uri: str = sqlite_uri, **environment: str) -> Job:
-        script = tmp_path / f"job{len(jobs)}.py"
-        jobs.append(Job(script, uri, run_id, code, **environment))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
-
-
-@pytest.fixture
-def store(sqlite_uri: str) -> Iterator[Store]:
-    connection = sqlite3.connect(sqlite_uri.removeprefix("sqlite:///"), timeout=30)
-    yield Store(connection)
-    connection.close()
 
 
 ALL = [-float(step) for step in range(POINTS)]

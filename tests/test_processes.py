@@ -1,42 +1,15 @@
 """Forks, other processes and threads: each process is a producer of its own, and all arrives."""
 
 import asyncio
-import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from flowbuffer import Handle, MetricLogger, Settings
 from support.backends import history, make_run
-from support.jobs import Job, Store
-
-StartJob = Callable[..., Job]
-
-
-@pytest.fixture
-def start_job(sqlite_uri: str, tmp_path: Path) -> Iterator[StartJob]:
-    """Starts jobs on one fresh run; none outlives the test."""
-    jobs: list[Job] = []
-    run_id = make_run(sqlite_uri)
-
-    def start(code: str, **environment: str) -> Job:
-        script = tmp_path / f"job{len(jobs)}.py"
-        jobs.append(Job(script, sqlite_uri, run_id, code, **environment))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
-
-
-@pytest.fixture
-def store(sqlite_uri: str) -> Iterator[Store]:
-    connection = sqlite3.connect(sqlite_uri.removeprefix("sqlite:///"), timeout=30)
-    yield Store(connection)
-    connection.close()
+from support.jobs import StartJob, Store
 
 
 def test_a_forked_child_is_a_producer_of_its_own(start_job: StartJob, store: Store) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,10 @@ class Job:
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
+
+
+#: Starts a job: its code, then the tracking URI and variables if need be.
+StartJob = Callable[..., Job]
 
 
 @dataclass
