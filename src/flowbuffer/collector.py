@@ -100,17 +100,26 @@ class Collector:
         """Deliver in a daemon thread from now on."""
         with self._step_lock:
             if self._thread is None and self._settings.delivery != "inline":
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name="flowbuffer-collector", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()
+                    self._thread = thread
+                except RuntimeError:
+                    pass  # the interpreter is ending: whoever waits has to step
+
+    @property
+    def has_thread(self) -> bool:
+        """Whether :meth:`step` is called by a thread of this collector."""
+        return self._thread is not None
 
     def hurry(self) -> None:
         """Look at the spool now."""
         self._wake.set()
 
     def drain(self) -> None:
-        """Step until nothing is due at once; for ``inline``, where nobody else steps."""
+        """Step until nothing is due at once; for where no thread does."""
         while (next_s := self.step(hurry=True)) < POLL_S:
             self._clock.sleep(next_s)
 

@@ -340,7 +340,7 @@ class MetricLogger:
             now_s = time.monotonic()
             if deadline_s is not None and now_s >= deadline_s:
                 break
-            if self._settings.delivery == "inline":
+            if not collector.has_thread:
                 collector.drain()
                 pause_s = 0.05
             collector.hurry()

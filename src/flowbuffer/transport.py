@@ -74,11 +74,14 @@ class MlflowTransport:
             for number in range(self.max_in_flight):
                 name = f"flowbuffer-send-{number}"
                 thread = threading.Thread(target=self._work, name=name, daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    break  # the interpreter is ending: the calling thread sends
                 self._threads.append(thread)
 
     def send(self, request: Request, done: Done) -> None:
-        """Send a request in a thread of the transport; inline, in this one."""
+        """Send a request in a thread of the transport, if it has one; else in this one."""
         if self._threads:
             self._requests.put((request, done))
         else:
