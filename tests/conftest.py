@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from support.backends import (
@@ -20,6 +21,9 @@ from support.backends import (
 from support.jobs import Job, StartJob, Store
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when a fixture or a test imports MLflow
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # machines may be busy
+hypothesis.settings.load_profile("unhurried")
 
 SLOW_FIXTURES = {"server_sqlite": "server", "server_postgres": "server", "postgres": "postgres"}
 

@@ -210,11 +210,11 @@ class Spool:
         """The bytes of all files in the spool, whoever wrote them."""
         total = 0
         for folder in self.folders():
-            try:
-                for entry in os.scandir(folder):
+            for entry in _entries(folder):
+                try:
                     total += entry.stat(follow_symlinks=False).st_size
-            except FileNotFoundError:
-                continue  # delivered and removed meanwhile
+                except FileNotFoundError:
+                    continue  # delivered and removed meanwhile
         return total
 
 
@@ -339,7 +339,7 @@ def _private_directory(folder: Path) -> None:
 
 def _delete(folder: Path) -> None:
     """Delete a producer's folder, and the run's when it was the last one."""
-    for entry in os.scandir(folder):
+    for entry in _entries(folder):
         os.unlink(entry.path)
     folder.rmdir()
     try:
@@ -349,11 +349,17 @@ def _delete(folder: Path) -> None:
 
 
 def _subfolders(folder: Path, *, hidden: bool = False) -> list[Path]:
+    return sorted(
+        Path(entry.path)
+        for entry in _entries(folder)
+        if entry.is_dir(follow_symlinks=False) and entry.name.startswith(".") == hidden
+    )
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder; nothing if it is gone."""
     try:
-        return sorted(
-            Path(entry.path)
-            for entry in os.scandir(folder)
-            if entry.is_dir(follow_symlinks=False) and entry.name.startswith(".") == hidden
-        )
+        with os.scandir(folder) as found:
+            return list(found)
     except FileNotFoundError:
         return []
