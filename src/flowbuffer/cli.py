@@ -52,7 +52,7 @@ def _sync(spool_dir: Path | None, timeout_s: float) -> int:
             SYSTEM_CLOCK.sleep(0.05)
         bar.update(sum(s.reader.delivered for s in streams) - bar.n)
     left = [stream for stream in streams if not stream.done]
-    pending = sum(stream.reader.on_their_way + stream.reader.unread() for stream in left)
+    pending = sum(stream.reader.unread() + stream.reader.on_their_way for stream in left)
     delivered = sum(stream.reader.delivered for stream in streams)
     rejected = sum(stream.reader.rejected for stream in streams)
     print(f"delivered {delivered}, rejected {rejected}, pending {pending}")

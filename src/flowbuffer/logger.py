@@ -365,7 +365,7 @@ class MetricLogger:
         return {
             "delivered": reader.delivered,
             "rejected": reader.rejected,
-            "pending": 0 if stream.done else reader.on_their_way + reader.unread(),
+            "pending": 0 if stream.done else reader.unread() + reader.on_their_way,
             "dropped": dict(dropped),
         }
 

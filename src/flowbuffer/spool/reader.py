@@ -200,12 +200,16 @@ class Reader:
         return False
 
     def unread(self) -> int:
-        """Points in the spool that were not read yet."""
+        """Points in the spool that were not read yet.
+
+        Add :attr:`on_their_way` after this, not before: what is read in between counts twice then,
+        and not never.
+        """
         total = 0
+        number = self._next
         segment = self._reading()
         if segment is not None:
             total += points_in(segment.columns[segment.next_slot :])
-        number = self._next
         while (path := self._path(number)).exists():
             count = self._full_counts.get(number)
             if count is None:
@@ -317,17 +321,19 @@ class Reader:
                 self._problem(f"{path} is missing; what it held was wiped from the spool")
                 self._next = later[0]
                 path = self._path(self._next)
-        number, self._next = self._next, self._next + 1
+        number = self._next
         try:
             columns, wanted, missing = mapped_segment(path, number)
         except (SpoolError, ValueError) as error:
             kept = path.replace(path.with_suffix(".damaged"))  # for nobody to delete
             self._problem(f"{path} cannot be read and is kept as {kept.name}: {error}")
+            self._next = number + 1
             return self._open_next()
         if missing:
             self._problem(f"{path} was cut off: {missing} of its slots are missing")
         segment = _Segment(number, columns, wanted)
         self._open.append(segment)
+        self._next = number + 1
         self._full_counts.pop(number, None)
         return segment
 
