@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from flowbuffer.delivery_client import error_of_status, retry_after_s
@@ -88,3 +90,11 @@ def test_a_stored_uri_means_the_same_elsewhere(tmp_path, monkeypatch) -> None:
     assert absolute_uri("mlruns") == (tmp_path / "mlruns").as_uri()
     assert absolute_uri("databricks://profile") == "databricks://profile"
     assert absolute_uri("http://host:5000") == "http://host:5000"
+
+
+def test_the_seed_of_the_training_code_is_left_alone() -> None:
+    """Jitter does not draw from the global generator, which the training code may have seeded."""
+    random.seed(7)
+    before = random.getstate()
+    assert RetryPolicy().wait_s(RetriableError("503"), 3) >= 0
+    assert random.getstate() == before

@@ -25,7 +25,8 @@ class RetryPolicy:
     most_s: float = 30.0
     unauthorised_s: float = 30.0
     gone_s: float = 300.0
-    uniform: Callable[[float, float], float] = random.uniform
+    # A generator of its own: the global one is the training code's, which may have seeded it.
+    uniform: Callable[[float, float], float] = random.Random().uniform
 
     def wait_s(self, error: TransportError, attempt: int) -> float:
         """Seconds to wait after failure number ``attempt`` (1 is the first)."""
