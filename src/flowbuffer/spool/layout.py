@@ -11,6 +11,7 @@
         00000000.journal             frames that the slots of that segment point to
         carry                        one frame: what outlives a deleted segment
         rejected.jsonl               dead letters, one JSON object a line
+        00000000.damaged             a segment that could not be read, kept
         parked.json                  why this run takes no more points, if it does not
 
 **Segment**: a header of 64 bytes, then slots of 40.
