@@ -116,8 +116,8 @@ class _SingleRequests:
     """What delivery uses of ``RestStore``, each call one HTTP request.
 
     MLflow's own would try again for minutes inside one call, multiply our retries, and drop
-    ``Retry-After``. And it turns a batch into protocol buffers, JSON, a dict and JSON again; here it
-    is a dict and JSON.
+    ``Retry-After``. And it turns a batch into protocol buffers, JSON, a dict and JSON again; here
+    it is a dict and JSON.
     """
 
     def __init__(self, store: Any, timeout_s: float) -> None:
