@@ -21,6 +21,7 @@ from support.backends import (
 from support.jobs import Job, StartJob, Store
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when a fixture or a test imports MLflow
+os.umask(0o077)  # what a test writes into a spool is private, as it has to be
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # machines may be busy
 hypothesis.settings.load_profile("unhurried")
@@ -44,6 +45,9 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
             monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("FLOWBUFFER_SPOOL_DIR", str(tmp_path / "spool"))
+    monkeypatch.setenv(
+        "FLOWBUFFER_DELIVERY", "thread"
+    )  # a collector process takes seconds to start
     monkeypatch.chdir(tmp_path)
     yield
     if mlflow := sys.modules.get("mlflow"):

@@ -21,7 +21,8 @@ from flowbuffer import Settings
 from flowbuffer.collector import Collector
 from flowbuffer.errors import RejectedError, TransportError
 from flowbuffer.spool import layout
-from flowbuffer.spool.directory import ProducerInfo, Spool
+from flowbuffer.spool.directory import Spool
+from flowbuffer.spool.info import this_producer
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.reader import Reader
 from flowbuffer.testing import FakeTransport, ManualClock
@@ -105,14 +106,17 @@ def made(root: Path) -> dict[str, bytes]:
     clock = ManualClock()
     settings = Settings(spool_dir=root, delivery="inline", linger_s=0)
     spool = Spool(root)
-    directory = spool.add_producer(ProducerInfo(RUN, URI, "host", 1, None, 1_700_000_000_000))
-    producer = Producer(directory, spool, settings, clock, lambda: None, (SLOTS, SLOTS))
+    directory = spool.add_producer(this_producer(RUN, URI, 1_700_000_000_000))
+    producer = Producer(
+        directory, spool, settings, clock, lambda: None, segment_slots=(SLOTS, SLOTS)
+    )
 
     def refuse(request: Request) -> TransportError | None:
         return RejectedError("no") if -1.0 in request.values else None
 
     collector = Collector(spool, settings, clock, lambda *_: FakeTransport(answer=refuse))
-    stream = collector.add(directory, URI, adopted=False)
+    stream = collector.add(directory.path, URI)
+    assert stream is not None
     for index in range(SLOTS):
         producer.append("loss", -1.0 if index == 5 else index / 3)
         clock.turn(0.01)
@@ -128,6 +132,7 @@ def made(root: Path) -> dict[str, bytes]:
         clock.turn(0.01)
     files = {path.name: path.read_bytes() for path in directory.path.iterdir()}
     stream.reader.close()
+    stream.claim.release()
     producer.close()
     directory.lock.release()
     return files
@@ -194,7 +199,10 @@ def cuts(content: bytes) -> Iterator[bytes]:
 def test_the_sample_is_what_it_should_be(sample: Sample) -> None:
     """An undamaged spool is delivered whole, and nothing is reported but the old dead letter."""
     segments = {"00000001.journal", "00000001.slots", "00000002.slots"}
-    others = {"carry", "keys", "producer.json", "producer.lock", "rejected.jsonl"}
+    others = {"carry", "keys", "producer.json", "rejected.jsonl", "delivery.json"} | {
+        "producer.lock",
+        "reader.lock",
+    }
     assert sample.files.keys() == segments | others
     outcome = sample.deliver(sample.files)
     assert len(outcome.rows) == 13
@@ -360,8 +368,10 @@ def test_a_segment_that_is_being_made(tmp_path: Path, monkeypatch: pytest.Monkey
     clock = ManualClock()
     settings = Settings(spool_dir=tmp_path / "spool")
     spool = Spool(tmp_path / "spool")
-    directory = spool.add_producer(ProducerInfo(RUN, URI, "host", 1, None, 0))
-    producer = Producer(directory, spool, settings, clock, lambda: None, (SLOTS, SLOTS))
+    directory = spool.add_producer(this_producer(RUN, URI, 0))
+    producer = Producer(
+        directory, spool, settings, clock, lambda: None, segment_slots=(SLOTS, SLOTS)
+    )
     reader = Reader(directory.path, clock, alive=True)
     read: list[float] = []
 

@@ -9,14 +9,9 @@ from pathlib import Path
 import pytest
 
 from flowbuffer.errors import SpoolError, SpoolFormatError
-from flowbuffer.spool.directory import (
-    FileLock,
-    Spool,
-    escaped,
-    file_system_of,
-    read_info,
-    this_producer,
-)
+from flowbuffer.spool.directory import Spool, escaped
+from flowbuffer.spool.files import FileLock, file_system_of
+from flowbuffer.spool.info import read_info, this_producer
 
 
 @pytest.fixture
@@ -26,43 +21,43 @@ def spool(tmp_path: Path) -> Spool:
 
 def test_a_living_producer_is_not_adopted(spool: Spool) -> None:
     """Whoever can take the lock of a folder knows that its producer is dead."""
-    info = this_producer("run", "sqlite:///x.db", 3, 0)
+    info = this_producer("run", "sqlite:///x.db", 0, rank=3)
     directory = spool.add_producer(info)
-    assert spool.adopt(directory.path) is None
+    assert spool.claim(directory.path) is None
     directory.lock.release()
-    adopted = spool.adopt(directory.path)
-    assert adopted is not None
-    assert adopted.info == info
-    adopted.remove()
+    claim = spool.claim(directory.path)
+    assert claim is not None
+    assert claim.info == info
+    claim.remove()
     assert list(spool.root.iterdir()) == []
 
 
 @pytest.mark.parametrize("run_id", ["..", "../../etc", "/etc", "", ".", "a/b", "a\0b", "ü" * 300])
 def test_a_run_id_never_becomes_a_path(spool: Spool, run_id: str) -> None:
     """P8: whatever a run is called, its folder is one visible folder in the spool."""
-    directory = spool.add_producer(this_producer(run_id, "sqlite:///x.db", None, 0))
+    directory = spool.add_producer(this_producer(run_id, "sqlite:///x.db", 0))
     assert directory.path.parent.parent == spool.root
     assert not escaped(run_id).startswith(".")
     assert list(spool.folders()) == [directory.path]
     assert read_info(directory.path).run_id == run_id
-    directory.remove()
+    directory.lock.release()
 
 
 def test_another_format_is_left_alone(spool: Spool) -> None:
     """A folder of another format version is refused with a message, and not touched."""
-    info = this_producer("run", "sqlite:///x.db", None, 0)
+    info = this_producer("run", "sqlite:///x.db", 0)
     directory = spool.add_producer(info)
     path = directory.path / "producer.json"
     path.write_bytes(type(info)(**{**vars(info), "format": 99}).to_json())
     directory.lock.release()
     with pytest.raises(SpoolFormatError, match="format version 99"):
-        spool.adopt(directory.path)
+        spool.claim(directory.path)
     assert path.exists()
 
 
 def test_what_was_never_finished_is_swept(spool: Spool) -> None:
     """A folder that a killed process was making is deleted; one in the making is not."""
-    directory = spool.add_producer(this_producer("run", "sqlite:///x.db", None, 0))
+    directory = spool.add_producer(this_producer("run", "sqlite:///x.db", 0))
     run = directory.path.parent
     for name in (".old", ".young", ".held"):
         (run / name).mkdir()
@@ -79,13 +74,13 @@ def test_what_was_never_finished_is_swept(spool: Spool) -> None:
 
 def test_a_link_in_the_place_of_a_file_is_refused(spool: Spool, tmp_path: Path) -> None:
     """P8: a link is not followed, not even to a file of this user."""
-    directory = spool.add_producer(this_producer("run", "sqlite:///x.db", None, 0))
+    directory = spool.add_producer(this_producer("run", "sqlite:///x.db", 0))
     directory.lock.release()
     real = directory.path / "producer.json"
     real.rename(tmp_path / "moved")
     real.symlink_to(tmp_path / "moved")
     with pytest.raises(SpoolFormatError, match="is a link"):
-        spool.adopt(directory.path)
+        spool.claim(directory.path)
 
 
 def test_a_spool_that_cannot_be_made(tmp_path: Path) -> None:

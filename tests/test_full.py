@@ -11,8 +11,10 @@ import pytest
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.collector import Collector
 from flowbuffer.errors import DeliveryError, RetriableError, SpoolFull
-from flowbuffer.spool.directory import ProducerInfo, Spool
+from flowbuffer.spool.directory import Spool
+from flowbuffer.spool.info import this_producer
 from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.states import tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import history, make_run
 
@@ -38,12 +40,19 @@ class Rig:
             block_timeout_s=BLOCK_TIMEOUT_S,
         )
         self.spool = Spool(root)
-        self.directory = self.spool.add_producer(ProducerInfo("run", NOWHERE, "host", 1, None, 0))
+        self.directory = self.spool.add_producer(this_producer("run", NOWHERE, 0))
         self.producer = Producer(
-            self.directory, self.spool, self.settings, self.clock, self.hurry, (256, 256)
+            self.directory,
+            self.spool,
+            self.settings,
+            self.clock,
+            self.hurry,
+            segment_slots=(256, 256),
         )
         self.collector = Collector(self.spool, self.settings, self.clock, lambda *_: self.transport)
-        self.stream = self.collector.add(self.directory, NOWHERE, adopted=False)
+        stream = self.collector.add(self.directory.path, NOWHERE)
+        assert stream is not None
+        self.stream = stream
         self.stored: dict[str, list[float]] = {}
         self.count = 0
 
@@ -55,11 +64,10 @@ class Rig:
 
     def deliver(self) -> None:
         """Let the collector work until nothing is left to deliver."""
-        reader = self.stream.reader
         for _ in range(1000):
             self.collector.step(hurry=True)
             self.clock.turn(0.1)
-            if not reader.unread() and not reader.on_their_way:
+            if (found := tally(self.directory.path)) is None or not found.pending:
                 break
         for _ in range(5):  # to see the end of the last segments, and to delete them
             self.collector.step(hurry=True)
@@ -102,6 +110,7 @@ class Rig:
 
     def close(self) -> None:
         self.stream.reader.close()
+        self.stream.claim.release()
         self.producer.close()
         self.directory.lock.release()
 

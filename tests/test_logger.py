@@ -156,7 +156,7 @@ def test_a_spool_open_to_others_is_refused(run_id: str, tmp_path: Path, mode: in
     """P8: a spool that others can enter is refused, with what to do."""
     (tmp_path / "spool").mkdir()
     (tmp_path / "spool").chmod(mode)
-    with pytest.raises(SpoolError, match="chmod 700"):
+    with pytest.raises(SpoolError, match="chmod -R go-rwx"):
         MetricLogger(run_id)
 
 

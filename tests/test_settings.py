@@ -43,7 +43,7 @@ def test_a_keyword_wins_over_the_environment() -> None:
     ("variable", "text", "allowed"),
     [
         ("FLOWBUFFER_ENABLED", "maybe", "true"),
-        ("FLOWBUFFER_DELIVERY", "pigeon", "inline, thread"),
+        ("FLOWBUFFER_DELIVERY", "pigeon", "inline, process, thread"),
         ("FLOWBUFFER_LINGER_S", "soon", "a number"),
         ("FLOWBUFFER_LINGER_S", "-1", "at least 0"),
         ("FLOWBUFFER_LINGER_S", "nan", "finite"),
@@ -91,6 +91,8 @@ def allowed(item: Field[object]) -> str:
         return ", ".join(f"`{choice}`" for choice in limits["choices"])
     if isinstance(item.default, bool):
         return "`True`, `False`"
-    if item.name == "spool_dir":
-        return "a path"
+    if item.name in ("spool_dir", "ranks", "key_template"):
+        return {"spool_dir": "a path", "ranks": "`all`, or like `0,4`"}.get(
+            item.name, "with `{key}`"
+        )
     return f"from {limits['low']}" + ("" if limits["high"] is None else f" to {limits['high']}")

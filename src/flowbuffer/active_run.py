@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import uuid
+
 from flowbuffer.settings import environment_experiment, environment_run_id
 
 
-def find_run(run_id: str | None, tracking_uri: str | None) -> tuple[str, bool]:
-    """The run to log to, and whether it was started here."""
+def find_run(run_id: str | None, tracking_uri: str | None, *, start: bool) -> tuple[str, bool]:
+    """The run to log to, and whether it was started here.
+
+    Args:
+        run_id: The one that was asked for.
+        tracking_uri: Where a run is started.
+        start: Start one if there is none; else it gets an id that no server knows.
+    """
     import mlflow
 
     if run_id is not None:
@@ -17,6 +25,8 @@ def find_run(run_id: str | None, tracking_uri: str | None) -> tuple[str, bool]:
     named = environment_run_id()
     if named is not None:
         return named, False
+    if not start:
+        return uuid.uuid4().hex, False
     if tracking_uri is None:
         return mlflow.start_run().info.run_id, True
     client = mlflow.MlflowClient(tracking_uri)

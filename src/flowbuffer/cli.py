@@ -32,6 +32,7 @@ def _sync(spool_dir: Path | None, timeout_s: float) -> int:
 
     from flowbuffer.collector import Collector
     from flowbuffer.spool.directory import Spool
+    from flowbuffer.spool.states import tally
 
     settings = Settings.from_env()
     if spool_dir is not None:
@@ -52,12 +53,12 @@ def _sync(spool_dir: Path | None, timeout_s: float) -> int:
             SYSTEM_CLOCK.sleep(0.05)
         bar.update(sum(s.reader.delivered for s in streams) - bar.n)
     left = [stream for stream in streams if not stream.done]
-    pending = sum(stream.reader.unread() + stream.reader.on_their_way for stream in left)
+    pending = sum(found.pending for s in left if (found := tally(s.claim.path)) is not None)
     delivered = sum(stream.reader.delivered for stream in streams)
     rejected = sum(stream.reader.rejected for stream in streams)
     print(f"delivered {delivered}, rejected {rejected}, pending {pending}")
     for stream in left:
         failure = stream.sender.failure
         if failure is not None:
-            print(f"run {stream.directory.info.run_id}: {failure.reason}", file=sys.stderr)
+            print(f"run {stream.claim.info.run_id}: {failure.reason}", file=sys.stderr)
     return 1 if left else 0

@@ -1,8 +1,7 @@
-"""The loop that delivers a spool: a thread, or whoever calls :meth:`Collector.step`.
+"""The loop that delivers a spool: in a thread, in a process, or in whoever calls ``step``.
 
-A collector delivers for the producers of its own process, and adopts the folders of producers that
-died. Whose folder is whose is decided by ``producer.lock``, so any number of collectors can work
-one spool side by side and no two ever work one folder.
+Whose folder is whose is decided by the folder's ``reader.lock``, so any number of collectors can
+work one spool side by side and no two ever work one folder.
 """
 
 from __future__ import annotations
@@ -14,11 +13,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from flowbuffer.clock import SYSTEM_CLOCK, Clock
+from flowbuffer.errors import SpoolError
 from flowbuffer.sender import Sender, Source
 from flowbuffer.settings import Settings
-from flowbuffer.spool.directory import ProducerDirectory, Spool
+from flowbuffer.spool.directory import Claim, Spool, has_producer
+from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import has_dead_letters
 from flowbuffer.transport import MlflowTransport, Transport, absolute_uri, without_credentials
@@ -27,25 +29,55 @@ _log = logging.getLogger("flowbuffer")
 
 #: How often the spool is looked at for new points, in s.
 POLL_S = 0.05
+#: How often it is looked at for new points after :data:`QUIET_S` without any, in s.
+QUIET_POLL_S = 0.2
+QUIET_S = 2.0
 #: How often the spool is looked at for folders of dead producers, in s.
 ADOPT_EVERY_S = 5.0
+#: How often it is tested whether a producer lives, in s.
+_TEST_EVERY_S = 0.1
 
 TransportFactory = Callable[[str, Settings, Clock], Transport]
+
+
+class Destination(NamedTuple):
+    """Where the points of a folder go. ``tracking_uri`` may have credentials."""
+
+    tracking_uri: str
+    run_id: str
+
+
+#: Says where a folder's points go; None leaves it alone.
+Destinations = Callable[[ProducerInfo], Destination | None]
+
+
+def as_logged(info: ProducerInfo) -> Destination | None:
+    """To the run and the server that the producer named, unless it was offline."""
+    return None if info.delivery == OFFLINE else Destination(info.tracking_uri, info.run_id)
+
+
+def nothing(_: ProducerInfo) -> Destination | None:
+    """Nowhere: only folders that are given by :meth:`Collector.add` are delivered."""
+    return None
 
 
 @dataclass(eq=False)
 class Stream:
     """One producer's folder on its way to the backend.
 
-    ``adopted``: its producer died. ``done``: everything is settled and the folder is let go.
+    ``adopted``: its producer was dead when it was claimed. ``until_s``: from then on, on the
+    collector's monotonic clock, it goes back to others once nothing of it is on its way. ``done``:
+    everything is settled and the folder is let go.
     """
 
-    directory: ProducerDirectory
+    claim: Claim
     reader: Reader
     sender: Sender
     source: Source
     adopted: bool
+    until_s: float = math.inf
     done: bool = False
+    test_at_s: float = 0.0
 
     @property
     def stuck(self) -> bool:
@@ -61,6 +93,9 @@ class Collector:
         settings: Of the process; ``delivery="inline"`` gets no thread.
         clock: Decides when things are due.
         connect: Makes the transport for a tracking URI.
+        destinations: Of the folders that are found in the spool.
+        living: Take the folders of living producers, too, if their setting is
+            ``delivery="process"``.
     """
 
     def __init__(
@@ -69,32 +104,44 @@ class Collector:
         settings: Settings,
         clock: Clock,
         connect: TransportFactory = MlflowTransport,
+        destinations: Destinations = as_logged,
+        *,
+        living: bool = False,
     ) -> None:
         self.spool = spool
         self.streams: list[Stream] = []
         self._settings = settings
         self._clock = clock
         self._connect = connect
-        self._transports: dict[str, Transport] = {}
-        self._senders: dict[tuple[str, str], Sender] = {}
+        self._destinations = destinations
+        self._living = living
+        self._transports: dict[tuple[str, Settings], Transport] = {}
+        self._senders: dict[Destination, Sender] = {}
         self._uris: dict[str, str] = {}  # with credentials, by the URI without
         self._broken: set[Sender] = set()
         self._left: set[Path] = set()  # folders to be left alone
-        self._adopt_at_s = -math.inf
+        self._look_at_s = self._sweep_at_s = -math.inf
+        self._quiet_since_s = clock.monotonic_s()
         self._wake = threading.Event()
         self._step_lock = threading.RLock()
         self._thread: threading.Thread | None = None
 
-    def add(self, directory: ProducerDirectory, tracking_uri: str, *, adopted: bool) -> Stream:
-        """Deliver what is, and will be, in a producer's folder."""
+    def add(self, folder: Path, tracking_uri: str) -> Stream | None:
+        """Deliver what is, and will be, in a producer's folder; None if another collector does.
+
+        Raises:
+            SpoolError: The folder is not this user's alone, or not of this format.
+        """
         with self._step_lock:
-            uri = absolute_uri(tracking_uri)
-            sender = self._sender(uri, directory.info.run_id)
-            reader = Reader(directory.path, self._clock, alive=not adopted)
-            stream = Stream(directory, reader, sender, sender.add(reader), adopted)
-            self.streams.append(stream)
-        self.hurry()
-        return stream
+            claim = self.spool.claim(folder, living=True)
+            if claim is None:
+                return None
+            return self._serve(claim, Destination(tracking_uri, claim.info.run_id))
+
+    def know(self, tracking_uri: str) -> None:
+        """Use this URI, with its credentials, where a folder names the one without."""
+        uri = absolute_uri(tracking_uri)
+        self._uris[without_credentials(uri)] = uri
 
     def start(self) -> None:
         """Deliver in a daemon thread from now on."""
@@ -127,21 +174,72 @@ class Collector:
         """One round for every run. Returns the seconds until the next one is worthwhile."""
         with self._step_lock:
             now_s = self._clock.monotonic_s()
-            if now_s >= self._adopt_at_s:
-                self._adopt_at_s = now_s + ADOPT_EVERY_S
-                self._adopt()
+            if now_s >= self._look_at_s:
+                self._look_at_s = now_s + (QUIET_POLL_S if self._living else ADOPT_EVERY_S)
+                self.look()
             next_s = math.inf
             for sender in list(self._senders.values()):
                 next_s = min(next_s, self._step(sender, hurry))
-            for stream in [stream for stream in self.streams if stream.reader.settled]:
-                self._let_go(stream)
-            return min(next_s, self._adopt_at_s - now_s)
+            for stream in list(self.streams):
+                self._tend(stream, now_s)
+            if next_s <= POLL_S:
+                self._quiet_since_s = now_s
+            return min(next_s, self._look_at_s - now_s)
+
+    def wait(self, next_s: float) -> None:
+        """Wait until the next step is worthwhile, of which the last one said ``next_s``."""
+        quiet = self._clock.monotonic_s() - self._quiet_since_s > QUIET_S
+        poll_s = QUIET_POLL_S if quiet else POLL_S
+        next_s = min(next_s, poll_s if self.streams else ADOPT_EVERY_S)
+        if next_s > 0:
+            self._clock.wait(self._wake, next_s)
+        self._wake.clear()
+
+    def look(self) -> None:
+        """Take what is in the spool and nobody delivers."""
+        now_s = self._clock.monotonic_s()
+        if now_s >= self._sweep_at_s:
+            self._sweep_at_s = now_s + ADOPT_EVERY_S
+            self.spool.sweep()
+        own = {stream.claim.path for stream in self.streams}
+        for folder in self.spool.folders():
+            if folder in own or folder in self._left:
+                continue
+            try:
+                self._take(folder)
+            except Exception as error:
+                if folder.exists():  # else it is delivered, and removed by another process
+                    self._left.add(folder)
+                    _log.warning("%s is left alone: %s", folder, error)
 
     def forget_after_fork(self) -> None:
         """In a forked child: the thread is gone, and locks may be held by nobody."""
         self._wake = threading.Event()
         self.streams.clear()
         self._thread = None
+
+    def _take(self, folder: Path) -> None:
+        info = read_info(folder)
+        destination = self._destinations(info)
+        if destination is None:
+            return
+        claim = self.spool.claim(folder, living=self._living and info.delivery == "process")
+        if claim is not None:
+            self._serve(claim, destination)
+
+    def _serve(self, claim: Claim, destination: Destination) -> Stream:
+        try:
+            settings = self._settings.with_delivery(claim.info.settings)
+            sender = self._sender(destination, settings)
+            adopted = claim.producer_died()
+            reader = Reader(claim.path, self._clock, alive=not adopted)
+        except BaseException:
+            claim.release()
+            raise
+        stream = Stream(claim, reader, sender, sender.add(reader), adopted)
+        self.streams.append(stream)
+        self.hurry()
+        return stream
 
     def _step(self, sender: Sender, hurry: bool) -> float:
         """One round for one run; what fails there stays there."""
@@ -159,60 +257,69 @@ class Collector:
     def _run(self) -> None:
         while True:
             try:
-                next_s = min(self.step(), POLL_S if self.streams else ADOPT_EVERY_S)
+                next_s = self.step()
             except Exception:
                 _log.exception("delivery failed; the points stay in the spool")
                 next_s = 1.0
-            if next_s > 0:
-                self._clock.wait(self._wake, next_s)
-            self._wake.clear()
+            self.wait(next_s)
 
-    def _sender(self, uri: str, run_id: str) -> Sender:
-        bare = without_credentials(uri)
-        if uri != bare:
-            self._uris[bare] = uri
-        uri = self._uris.get(bare, uri)
-        if uri not in self._transports:
-            self._transports[uri] = self._connect(uri, self._settings, self._clock)
-        if (uri, run_id) not in self._senders:
-            self._senders[uri, run_id] = Sender(
-                run_id, self._transports[uri], self._settings, self._clock, self.hurry
-            )
-        return self._senders[uri, run_id]
+    def _sender(self, destination: Destination, settings: Settings) -> Sender:
+        uri = absolute_uri(destination.tracking_uri)
+        if uri != without_credentials(uri):
+            self.know(uri)
+        uri = self._uris.get(without_credentials(uri), uri)
+        at = Destination(uri, destination.run_id)
+        if at not in self._senders:
+            if (uri, settings) not in self._transports:
+                self._transports[uri, settings] = self._connect(uri, settings, self._clock)
+            transport = self._transports[uri, settings]
+            self._senders[at] = Sender(at.run_id, transport, settings, self._clock, self.hurry)
+        return self._senders[at]
 
-    def _adopt(self) -> None:
-        self.spool.sweep()
-        own = {stream.directory.path for stream in self.streams}
-        for folder in self.spool.folders():
-            if folder in own or folder in self._left:
-                continue
-            try:
-                directory = self.spool.adopt(folder)
-                if directory is not None:
-                    self.add(directory, directory.info.tracking_uri, adopted=True)
-            except FileNotFoundError:
-                continue  # delivered and removed by another process
-            except Exception as error:
-                self._left.add(folder)
-                _log.warning("%s is left alone: %s", folder, error)
+    def _tend(self, stream: Stream, now_s: float) -> None:
+        """See whether the producer lives, and whether the folder can be let go."""
+        reader = stream.reader
+        if not reader.finished and now_s >= stream.test_at_s:
+            stream.test_at_s = now_s + _TEST_EVERY_S
+            if stream.claim.producer_died():
+                reader.producer_died()
+                self.hurry()
+        if reader.settled:
+            self._let_go(stream)
+        stream.source.paused = now_s >= stream.until_s
+        if stream.source.paused and not reader.on_their_way and not stream.done:
+            self._forget(stream)
+            stream.claim.release()
 
     def _let_go(self, stream: Stream) -> None:
+        self._forget(stream)
+        for problem in stream.reader.problems:
+            _log.warning("the spool is damaged: %s", problem)
+        if stream.reader.problems or has_dead_letters(stream.claim.path):
+            self._left.add(stream.claim.path)
+            stream.reader.note_done()
+            stream.claim.release()
+        else:
+            try:
+                stream.claim.remove()
+            except OSError as error:
+                _log.warning("%s cannot be removed: %s", stream.claim.path, error)
+        stream.done = True
+
+    def _forget(self, stream: Stream) -> None:
         stream.reader.close()
         stream.sender.remove(stream.source)
         self.streams.remove(stream)
         if not any(stream.sender.sources):
             self._senders = {at: s for at, s in self._senders.items() if s is not stream.sender}
-        for problem in stream.reader.problems:
-            _log.warning("the spool is damaged: %s", problem)
-        if stream.reader.problems or has_dead_letters(stream.directory.path):
-            self._left.add(stream.directory.path)
-            stream.directory.lock.release()
-        else:
-            try:
-                stream.directory.remove()
-            except OSError as error:
-                _log.warning("%s cannot be removed: %s", stream.directory.path, error)
-        stream.done = True
+
+
+def is_served(folder: Path) -> bool:
+    """Whether a folder is of a living producer that relies on a collector process."""
+    try:
+        return read_info(folder).delivery == "process" and has_producer(folder)
+    except SpoolError:
+        return False
 
 
 _collectors: dict[tuple[Path, Settings], Collector] = {}
@@ -222,13 +329,21 @@ _collectors_lock = threading.RLock()
 def collector_of(settings: Settings) -> Collector:
     """This process's collector of a spool; one for all loggers with the same settings.
 
+    With ``delivery="process"`` it delivers only what it is given.
+
     Raises:
         SpoolError: The spool cannot be used.
     """
     root = settings.resolved_spool_dir()
     with _collectors_lock:
         if (root, settings) not in _collectors:
-            _collectors[root, settings] = Collector(Spool(root), settings, SYSTEM_CLOCK)
+            given_only = settings.delivery == "process"
+            _collectors[root, settings] = Collector(
+                Spool(root),
+                settings,
+                SYSTEM_CLOCK,
+                destinations=nothing if given_only else as_logged,
+            )
         return _collectors[root, settings]
 
 

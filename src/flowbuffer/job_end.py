@@ -68,6 +68,12 @@ def flush_run(run_id: str) -> None:
             logger.end_of_run(logger.settings.shutdown_timeout_s)
 
 
+def is_child() -> bool:
+    """Whether this process was started by ``multiprocessing``."""
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and process.parent_process() is not None
+
+
 def _install() -> None:
     """Once per process, and inherited by forked children."""
     global _installed

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,19 +17,27 @@ from typing import TYPE_CHECKING, Any
 from flowbuffer import job_end
 from flowbuffer.active_run import end_run, find_run
 from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.delivery import Delivery, DeliveryByProcess, DeliveryHere, delivery_of
 from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.handle import Handle
 from flowbuffer.report import Progress, Report, Stats
-from flowbuffer.settings import Settings, environment_rank
+from flowbuffer.settings import Place, Settings, environment_experiment, environment_place
 from flowbuffer.spool.points import Number
 from flowbuffer.spool.producer import Places, Producer
-from flowbuffer.spool.states import committed_points, segments_before, want
+from flowbuffer.spool.states import (
+    Tally,
+    delivery_note,
+    is_settled,
+    last_barrier,
+    parked_reason,
+    tally,
+    want,
+)
 
 if TYPE_CHECKING:
     import numpy.typing
 
-    from flowbuffer.collector import Collector, Stream
-    from flowbuffer.passthrough import PassThrough
+    from flowbuffer.passthrough import PassThrough, Silence
 
 _log = logging.getLogger("flowbuffer")
 
@@ -64,15 +73,18 @@ class MetricLogger:
 
         self._settings = Settings.from_env() if settings is None else settings
         self._uri = tracking_uri or mlflow.get_tracking_uri()
-        self._run_id, self._owns_run = find_run(run_id, tracking_uri)
+        self._place = environment_place()
+        self._logs = self._settings.logs(self._place.rank)
+        online = self._logs and not self._settings.offline
+        self._run_id, self._owns_run = find_run(run_id, tracking_uri, start=online)
         self._fluent = False
         self._ended = False
         self._opening = threading.RLock()
         self._warned: set[str] = set()
         self._invalid = 0
-        self._stream: Stream | None = None
-        self._collector: Collector | None = None
-        self._producer: Producer | PassThrough | None = None
+        self._delivery: Delivery | None = None
+        self._producer: Producer | PassThrough | Silence | None = None
+        self._tally = Tally()
         _loggers.add(self)
         self._open()
 
@@ -160,19 +172,20 @@ class MetricLogger:
 
     def stats(self) -> Stats:
         """The counts of this logger, and how delivery is doing."""
+        producer, delivery = self._producer, self._delivery
         counts = self._counts()
-        stream, collector = self._stream, self._collector
-        if stream is None or collector is None:
+        if delivery is None or not isinstance(producer, Producer):
             return Stats(**counts)
-        failure = stream.sender.failure
+        oldest_ms = self._tally.oldest_ms
+        note = delivery_note(producer.directory.path)
         return Stats(
             **counts,
-            lag_s=_lag_s(stream),
-            backlog_bytes=collector.spool.used_bytes(),
-            ties_moved=stream.source.ties.moved,
-            ties_moved_most_ms=stream.source.ties.moved_most_ms,
-            retries=stream.sender.retries,
-            last_error="" if failure is None else failure.reason,
+            lag_s=0 if oldest_ms is None else max(SYSTEM_CLOCK.now_ns() / 1e9 - oldest_ms / 1e3, 0),
+            backlog_bytes=delivery.spool.used_bytes(),
+            ties_moved=note.get("ties_moved", 0),
+            ties_moved_most_ms=note.get("ties_moved_most_ms", 0),
+            retries=note.get("retries", 0),
+            last_error=note.get("last_error", ""),
         )
 
     def close(self, timeout: float | None = None) -> Report:
@@ -205,41 +218,72 @@ class MetricLogger:
 
     def flush_at_end(self, timeout: float) -> None:
         """Flush when the job's main thread has ended."""
-        self._flush(timeout, progress=True)
+        if not self._left_to_others:
+            self._flush(timeout, progress=True)
 
     def end_of_run(self, timeout: float) -> None:
         """Flush before the run is marked ended; close, if this logger is the fluent functions'."""
+        start_s = time.monotonic()
         if self._fluent:
             self._close(timeout, "FINISHED", progress=True)
         else:
             self._flush(timeout, progress=True)
+        if self._delivery is not None:
+            left = self._delivery.left_by_dead(self._run_id)
+            self._wait(lambda: all(map(_is_over, left)), start_s + timeout, progress=True)
 
     def close_at_end(self, timeout: float) -> None:
         """Close at the end of the job."""
-        self._close(timeout, "FINISHED", progress=True)
+        self._close(timeout, "FINISHED", progress=True, wait=not self._left_to_others)
+
+    @property
+    def _left_to_others(self) -> bool:
+        """At the end of a child, like a data loader's worker, its parent's job goes on, and the
+        collector process with it: the child need not wait."""
+        return isinstance(self._delivery, DeliveryByProcess) and job_end.is_child()
 
     # How it works.
 
     def _open(self) -> None:
         """Make this process a producer of the run."""
-        if self._settings.enabled:
-            from flowbuffer.collector import collector_of  # it imports NumPy
+        settings = self._settings
+        if not self._logs:
+            from flowbuffer.passthrough import Silence
 
-            collector = collector_of(self._settings)
-            self._collector = collector
-            spool = collector.spool
-            directory = spool.add_producer(_this_producer(self._run_id, self._uri))
-            producer = Producer(directory, spool, self._settings, SYSTEM_CLOCK, collector.hurry)
-            self._stream = collector.add(directory, self._uri, adopted=False)
-            collector.start()
-            self._use(producer)
-        else:
+            self._use(Silence())
+        elif not settings.enabled:
             from flowbuffer.passthrough import PassThrough
 
-            self._use(PassThrough(self._run_id, self._uri, SYSTEM_CLOCK))
+            self._use(PassThrough(self._run_id, self._uri, self._stored_key, SYSTEM_CLOCK))
+        else:
+            self._delivery = delivery = delivery_of(settings, self._uri)
+            directory = delivery.spool.add_producer(self._this_producer())
+            producer = Producer(
+                directory, delivery.spool, settings, SYSTEM_CLOCK, delivery.push, self._stored_key
+            )
+            delivery.begin(directory.path)
+            self._use(producer)
         job_end.watch(self)
 
-    def _use(self, producer: Producer | PassThrough) -> None:
+    def _this_producer(self) -> Any:
+        from flowbuffer.spool.info import OFFLINE, this_producer
+        from flowbuffer.transport import absolute_uri, without_credentials
+
+        settings = self._settings
+        return this_producer(
+            self._run_id,
+            without_credentials(absolute_uri(self._uri)),
+            SYSTEM_CLOCK.now_ns() // 1_000_000,
+            **asdict(self._place),
+            delivery=OFFLINE if settings.offline else settings.delivery,
+            settings=settings.of_delivery(),
+            experiment=environment_experiment()[1],
+        )
+
+    def _stored_key(self, key: str) -> str:
+        return self._settings.stored_key(key, self._place)
+
+    def _use(self, producer: Producer | PassThrough | Silence) -> None:
         self._producer = producer
         self._append = self._wrapped(producer.append)
         self._append_many = self._wrapped(producer.append_many)
@@ -247,11 +291,12 @@ class MetricLogger:
 
     def _wrapped(self, append: Append) -> Append:
         """The producer's method, with what seldom-used settings add to it."""
-        producer, collector = self._producer, self._collector
+        producer = self._producer
         if isinstance(producer, Producer) and self._settings.durability == "power":
             append = _then(append, producer.sync)
-        if collector is not None and self._settings.delivery == "inline":
-            append = _then(append, lambda _: collector.drain())
+        if isinstance(self._delivery, DeliveryHere) and self._settings.delivery == "inline":
+            push = self._delivery.push
+            append = _then(append, lambda _: push())
         return append if self._settings.strict else self._lenient(append)
 
     def _lenient(self, append: Append) -> Append:
@@ -274,11 +319,11 @@ class MetricLogger:
 
     def _flush(self, timeout: float | None, *, progress: bool) -> Report:
         start_s = time.monotonic()
-        producer, stream, collector = self._producer, self._stream, self._collector
-        if isinstance(producer, Producer) and stream is not None and collector is not None:
-            barrier = self._hurry_to(producer)
+        producer = self._producer
+        if isinstance(producer, Producer):
+            folder, barrier = producer.directory.path, self._hurry_to(producer)
             self._wait(
-                lambda: stream.done or stream.sender.gone or _is_settled(stream, barrier),
+                lambda: is_settled(folder, barrier) or parked_reason(folder) is not None,
                 None if timeout is None else start_s + timeout,
                 progress=progress,
             )
@@ -290,49 +335,66 @@ class MetricLogger:
         want(producer.directory.path / f"{number:08d}.slots", offset)
         return number, offset
 
-    def _close(self, timeout: float | None, status: str, *, progress: bool = False) -> Report:
+    def _close(
+        self, timeout: float | None, status: str, *, progress: bool = False, wait: bool = True
+    ) -> Report:
         with self._opening:
             again, self._ended = self._ended, True
         start_s = time.monotonic()
-        timeout = self._settings.shutdown_timeout_s if timeout is None else timeout
-        producer, stream, collector = self._producer, self._stream, self._collector
-        if isinstance(producer, Producer) and stream is not None and collector is not None:
-            producer.close()
-            stream.reader.finish(producer.barrier())
+        deadline_s = start_s + (self._settings.shutdown_timeout_s if timeout is None else timeout)
+        producer, delivery = self._producer, self._delivery
+        if isinstance(producer, Producer) and delivery is not None:
+            folder = producer.directory.path
+            producer.close(failed=status != "FINISHED")
+            self._tally = tally(folder) or self._tally
             self._hurry_to(producer)
-            deadline_s = start_s + timeout
-            self._wait(lambda: stream.done or stream.sender.gone, deadline_s, progress=progress)
-            # What dead producers left is worth waiting for while it gets somewhere.
-            self._wait(
-                lambda: all(s.stuck for s in collector.streams if s.adopted),
-                deadline_s,
-                progress=progress,
-            )
+            if wait:
+                self._wait(lambda: _is_let_go(folder), deadline_s, progress=progress)
+                # What dead producers left is worth waiting for while it gets somewhere.
+                self._wait(delivery.is_idle, deadline_s, progress=progress)
+            if not _is_there(folder):
+                producer.directory.lock.release()
+            if not again:
+                delivery.end()
         self._append = self._append_many = self._append_series = _refuse
-        if again:
-            return Report(**self._counts(), seconds=time.monotonic() - start_s)
-        job_end.unwatch(self)
         report = Report(**self._counts(), seconds=time.monotonic() - start_s)
-        if report.pending:
+        if not again:
+            job_end.unwatch(self)
+            self._tell(report, waited=wait)
+            if self._owns_run:
+                end_run(self._run_id, self._uri, status)
+        return report
+
+    def _tell(self, report: Report, *, waited: bool) -> None:
+        """The last words: what was left, and what was lost."""
+        delivery = self._delivery
+        if delivery is None:
+            return
+        root = delivery.spool.root
+        if report.pending and waited:
+            error = self._last_error()
             job_end.tell(
                 f"{report.pending} points of run {self._run_id} are not delivered yet"
-                f"{self._last_error()}. They are safe in {self._spool_dir}; deliver them with: "
-                f"flowbuffer sync --spool {self._spool_dir}"
+                + (f" ({error})" if error else "")
+                + f". They are safe in {root}; {delivery.goes_on}deliver them with: "
+                f"flowbuffer sync --spool {root}"
             )
         if report.rejected or any(report.dropped.values()):
             dropped = ", ".join(f"{count} dropped ({why})" for why, count in report.dropped.items())
             job_end.tell(
                 f"run {self._run_id}: {report.rejected} points rejected"
                 + (f", {dropped}" if dropped else "")
-                + (f"; see rejected.jsonl in {self._spool_dir}" if report.rejected else "")
+                + (f"; see: flowbuffer rejected --spool {root}" if report.rejected else "")
             )
-        if self._owns_run:
-            end_run(self._run_id, self._uri, status)
-        return report
+
+    def _last_error(self) -> str:
+        assert isinstance(self._producer, Producer)
+        folder = self._producer.directory.path
+        return parked_reason(folder) or delivery_note(folder).get("last_error", "")
 
     def _wait(self, until: Callable[[], bool], deadline_s: float | None, *, progress: bool) -> None:
-        collector = self._collector
-        assert collector is not None
+        delivery = self._delivery
+        assert delivery is not None
         start_s = time.monotonic()
         shown = Progress(self._counts)
         pause_s = 0.001
@@ -340,10 +402,7 @@ class MetricLogger:
             now_s = time.monotonic()
             if deadline_s is not None and now_s >= deadline_s:
                 break
-            if not collector.has_thread:
-                collector.drain()
-                pause_s = 0.05
-            collector.hurry()
+            delivery.push()
             if progress:
                 shown.show(now_s - start_s)
             SYSTEM_CLOCK.sleep(
@@ -353,29 +412,24 @@ class MetricLogger:
         shown.close()
 
     def _counts(self) -> dict[str, Any]:
-        producer, stream = self._producer, self._stream
+        producer = self._producer
         dropped: Counter[str] = Counter()
         if producer is not None:
             dropped.update(producer.dropped)
         if self._invalid:
             dropped["invalid"] = self._invalid
-        if stream is None:
+        if not isinstance(producer, Producer):
             return {"delivered": getattr(producer, "stored", 0), "dropped": dict(dropped)}
-        reader = stream.reader
+        found, before = tally(producer.directory.path), self._tally
+        if found is None:  # all of it is delivered, and the folder is gone
+            found = Tally(delivered=before.delivered + before.pending, rejected=before.rejected)
+        self._tally = found
         return {
-            "delivered": reader.delivered,
-            "rejected": reader.rejected,
-            "pending": 0 if stream.done else reader.unread() + reader.on_their_way,
+            "delivered": found.delivered,
+            "rejected": found.rejected,
+            "pending": found.pending,
             "dropped": dict(dropped),
         }
-
-    def _last_error(self) -> str:
-        failure = self._stream.sender.failure if self._stream is not None else None
-        return "" if failure is None else f" ({failure.reason})"
-
-    @property
-    def _spool_dir(self) -> Path:
-        return self._settings.resolved_spool_dir()
 
     # After a fork the child is another process: its first call makes it a producer of its own.
 
@@ -384,7 +438,8 @@ class MetricLogger:
         self._owns_run = False
         if isinstance(self._producer, Producer):
             self._producer.abandon()
-        self._producer = self._stream = self._collector = None
+        self._producer = self._delivery = None
+        self._tally = Tally()
         self._invalid = 0
         if not self._ended:
             self._append = self._reopening("_append")
@@ -418,26 +473,18 @@ def _unpickled(run_id: str, tracking_uri: str, settings: Settings) -> MetricLogg
     return MetricLogger(run_id, tracking_uri=tracking_uri, settings=settings)
 
 
-def _is_settled(stream: Stream, barrier: tuple[int, int]) -> bool:
-    segments = segments_before(stream.directory.path, barrier)
-    return not any(committed_points(path, end) for path, end in segments)
+def _is_there(folder: Path) -> bool:
+    """Whether a collector still has something to do with a closed producer's folder."""
+    return folder.exists() and not delivery_note(folder).get("done")
 
 
-def _lag_s(stream: Stream) -> float:
-    """The age of the oldest point that is not settled: the one sent first, or read next."""
-    found_s = [SYSTEM_CLOCK.monotonic_s() - stream.sender.since_s]
-    oldest_ms = stream.reader.oldest_unread_ms()
-    if oldest_ms is not None:
-        found_s.append(SYSTEM_CLOCK.now_ns() / 1e9 - oldest_ms / 1e3)
-    return max(0.0, *found_s)
+def _is_let_go(folder: Path) -> bool:
+    """Whether waiting for a closed producer's points is over, or in vain."""
+    return not _is_there(folder) or parked_reason(folder) is not None
 
 
-def _this_producer(run_id: str, uri: str) -> Any:
-    from flowbuffer.spool.directory import this_producer
-    from flowbuffer.transport import absolute_uri, without_credentials
-
-    now_ms = SYSTEM_CLOCK.now_ns() // 1_000_000
-    return this_producer(run_id, without_credentials(absolute_uri(uri)), environment_rank(), now_ms)
+def _is_over(folder: Path) -> bool:
+    return is_settled(folder, last_barrier(folder)) or parked_reason(folder) is not None
 
 
 _loggers: weakref.WeakSet[MetricLogger] = weakref.WeakSet()

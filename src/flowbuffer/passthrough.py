@@ -1,9 +1,9 @@
-"""``enabled=False``: the same calls, straight to MLflow, synchronously. Nothing is spooled."""
+"""What stands in for a producer where nothing is spooled."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowbuffer.clock import Clock
@@ -12,23 +12,39 @@ from flowbuffer.spool.producer import Places
 _MAX_BATCH = 1000
 
 
+class Silence:
+    """A process of a distributed job that does not log (the setting ``ranks``)."""
+
+    def __init__(self) -> None:
+        self.dropped: Counter[str] = Counter()
+
+    def append(self, *_: Any) -> Places:
+        """Nothing."""
+        return ()
+
+    append_many = append_series = append
+
+
 class PassThrough:
-    """Stands in for a ``Producer``. Each call returns once MLflow stored it, or raises what MLflow
-    raised.
+    """``enabled=False``: the same calls, straight to MLflow. Each returns once MLflow stored it, or
+    raises what MLflow raised.
     """
 
-    def __init__(self, run_id: str, tracking_uri: str, clock: Clock) -> None:
+    def __init__(
+        self, run_id: str, tracking_uri: str, stored_key: Callable[[str], str], clock: Clock
+    ) -> None:
         from mlflow.tracking import MlflowClient
 
         self.dropped: Counter[str] = Counter()
         self.stored = 0
         self._run_id = run_id
+        self._stored_key = stored_key
         self._client = MlflowClient(tracking_uri=tracking_uri)
         self._clock = clock
 
     def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> Places:
         """``MlflowClient.log_metric``."""
-        self._client.log_metric(self._run_id, key, value, timestamp, step)
+        self._client.log_metric(self._run_id, self._stored_key(key), value, timestamp, step)
         self.stored += 1
         return ()
 
@@ -55,7 +71,10 @@ class PassThrough:
         from mlflow.entities import Metric
 
         for first in range(0, len(points), _MAX_BATCH):
-            metrics = [Metric(*point) for point in points[first : first + _MAX_BATCH]]
+            metrics = [
+                Metric(self._stored_key(key), *point)
+                for key, *point in points[first : first + _MAX_BATCH]
+            ]
             self._client.log_batch(self._run_id, metrics=metrics)
             self.stored += len(metrics)
 

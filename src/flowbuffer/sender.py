@@ -30,6 +30,7 @@ from flowbuffer.settings import Settings
 from flowbuffer.spool.columns import Block
 from flowbuffer.spool.layout import COMMITTED
 from flowbuffer.spool.reader import Reader
+from flowbuffer.spool.states import park
 from flowbuffer.transport import Request, Transport
 
 _log = logging.getLogger("flowbuffer")
@@ -40,10 +41,14 @@ WINDOW_POINTS = 131072
 
 @dataclass
 class Source:
-    """One producer of the run: its reader and its rule for ties."""
+    """One producer of the run: its reader and its rule for ties.
+
+    ``paused``: nothing more is read of it; what was read goes on its way.
+    """
 
     reader: Reader
     ties: TieRule
+    paused: bool = False
     key_numbers: dict[int, int] = field(default_factory=dict)  # from its key ids to the run's
 
 
@@ -65,7 +70,6 @@ class _Batch:
 
     parts: deque[_Part]
     keys: set[int]
-    since_s: float
     attempt: int = 0
     due_s: float = 0.0
     sending: bool = False
@@ -85,8 +89,6 @@ class Sender:
     Attributes:
         retries: Requests that were sent again.
         failure: What the last request failed with; None after a success.
-        since_s: When the oldest point that is not settled was read, on the clock's monotonic
-            time; infinity if there is none.
         gone: The run does not exist on the server, or is deleted; ``parked.json`` says so.
     """
 
@@ -102,7 +104,6 @@ class Sender:
         self.run_id = run_id
         self.retries = 0
         self.failure: TransportError | None = None
-        self.since_s = math.inf
         self.gone = False
         self.sources: list[Source | None] = []
         self._transport = transport
@@ -154,8 +155,7 @@ class Sender:
         read = self._read(now_s)
         hurry = hurry or any(source.reader.hurried() for source in self._live())
         next_s = self._send(now_s, hurry)
-        _, waiting_s = self._backlog.ready(set())
-        self.since_s = min([waiting_s, *(batch.since_s for batch in self._batches)])
+        self._note()
         if read or not self._outcomes.empty():
             return 0.0
         if hurry and any(source.reader.has_unripe for source in self._live()):
@@ -174,7 +174,7 @@ class Sender:
             if source is None:
                 continue
             room = WINDOW_POINTS - sum(s.reader.on_their_way for s in self._live())
-            if room > 0:
+            if room > 0 and not source.paused:
                 block = source.reader.read(room)
                 if block is not None:
                     any_read = True
@@ -228,7 +228,7 @@ class Sender:
                 next_s = min(next_s, due_s - now_s)
                 break
             rows = self._backlog.take(size, self._busy)
-            batch = _Batch(deque([_Part(rows)]), set(np.unique(rows["key"]).tolist()), since_s)
+            batch = _Batch(deque([_Part(rows)]), set(np.unique(rows["key"]).tolist()))
             self._batches.append(batch)
             self._busy |= batch.keys
             self._request(batch)
@@ -271,6 +271,7 @@ class Sender:
             _log.warning("run %s: delivery goes on", self.run_id)
         if self.gone:
             self._park(None)
+        self._note()  # before the marks, so that whoever waits for them finds it
         self._mark(batch.parts.popleft().rows)
         self._next_part(batch)
 
@@ -322,7 +323,18 @@ class Sender:
         """Tell whoever looks at the spool that the run takes no points, or does so again."""
         self.gone = reason is not None
         for source in self._live():
-            source.reader.park(reason)
+            park(source.reader.folder, reason)
+
+    def _note(self) -> None:
+        for source in self._live():
+            source.reader.note(
+                {
+                    "retries": self.retries,
+                    "last_error": "" if self.failure is None else self.failure.reason,
+                    "ties_moved": source.ties.moved,
+                    "ties_moved_most_ms": source.ties.moved_most_ms,
+                }
+            )
 
     def _mark(self, rows: Rows, *, rejected: bool = False) -> None:
         for number in np.unique(rows["source"]).tolist():
@@ -351,6 +363,7 @@ class Sender:
                 "slot": int(row["slot"]),
             }
         )
-        self._mark(rows, rejected=True)
         self.failure = error
+        self._note()
+        self._mark(rows, rejected=True)
         _log.warning("run %s: a point of %r was rejected: %s", self.run_id, key, error.reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,9 @@ from typing import Any, Literal
 from flowbuffer.errors import SettingError
 
 ENVIRONMENT_PREFIX = "FLOWBUFFER_"
+
+#: What whoever delivers goes by; the rest is the producer's business.
+_OF_DELIVERY = ("linger_s", "max_batch_size", "max_in_flight", "request_timeout_s")
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -32,6 +36,25 @@ def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
     return field(default=default, metadata={"meaning": meaning, "choices": choices})
 
 
+def _text(default: str, meaning: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The place of this process in a distributed job; None outside one.
+
+    Attributes:
+        rank: Among all processes, from 0.
+        local_rank: Among those of this machine, from 0.
+        world_size: How many processes there are.
+    """
+
+    rank: int | None = None
+    local_rank: int | None = None
+    world_size: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How flowbuffer works. Immutable; every value is checked when it is made.
@@ -43,11 +66,15 @@ class Settings:
     enabled: bool = _setting(
         True, "False: every call goes straight to MLflow, synchronously; nothing is spooled."
     )
-    delivery: Literal["thread", "inline"] = _choice(
-        "thread",
-        ("thread", "inline"),
-        "Who sends: `thread`, a daemon thread of this process; `inline`, the call itself, "
-        "for debugging.",
+    delivery: Literal["process", "thread", "inline"] = _choice(
+        "process",
+        ("process", "thread", "inline"),
+        "Who sends: `process`, one process for all that log to this spool, with the credentials of "
+        "the environment in which it was started; `thread`, a daemon thread of this process, also "
+        "with credentials that exist only in its memory; `inline`, the call itself, for debugging.",
+    )
+    offline: bool = _setting(
+        False, "True: only spool; `flowbuffer sync` delivers later, on any machine."
     )
     spool_dir: Path | None = _setting(
         None,
@@ -96,6 +123,21 @@ class Settings:
     shutdown_timeout_s: float = _setting(
         60.0, "How long the end of a job or of a run may wait for delivery, in seconds.", low=0
     )
+    drain_timeout_s: float = _setting(
+        3600.0,
+        "How long the collector process goes on by itself after the last job ended, in seconds.",
+        low=0,
+    )
+    ranks: str = _text(
+        "all",
+        "Which processes of a distributed job log: `all`, or ranks like `0` or `0,4`. In the others "
+        "every call returns at once.",
+    )
+    key_template: str = _text(
+        "{key}",
+        "The key under which a point is stored, of `{key}`, `{rank}`, `{local_rank}` and "
+        "`{world_size}`, like `{key}/rank{rank}`.",
+    )
     strict: bool = _setting(
         True,
         "What the caller got wrong (a value that is no number, an invalid key): True raises at "
@@ -106,6 +148,8 @@ class Settings:
         for item in fields(self):
             value = _checked(item.name, item.metadata, item.default, getattr(self, item.name))
             object.__setattr__(self, item.name, value)
+        self.logs(0)
+        self.stored_key("", Place())
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
@@ -145,6 +189,50 @@ class Settings:
         """A copy in which the named settings are other."""
         return replace(self, **changes)
 
+    def logs(self, rank: int | None) -> bool:
+        """Whether the process of this rank logs (``ranks``); outside a distributed job it does."""
+        if self.ranks == "all":
+            return True
+        try:
+            chosen = {int(text) for text in self.ranks.split(",")}
+        except ValueError:
+            chosen = {-1}
+        if min(chosen) < 0:
+            raise SettingError(
+                f"ranks ({variable_of('ranks')}) = {self.ranks!r}: "
+                "it must be all, or ranks from 0 with commas between them"
+            )
+        return rank is None or rank in chosen
+
+    def stored_key(self, key: str, place: Place) -> str:
+        """``key`` as ``key_template`` has it; outside a distributed job the rank is 0 of 1."""
+        try:
+            if "{key}" not in self.key_template:
+                raise ValueError("{key} is missing")
+            return self.key_template.format(
+                key=key,
+                rank=place.rank or 0,
+                local_rank=place.local_rank or 0,
+                world_size=place.world_size or 1,
+            )
+        except (ValueError, LookupError, AttributeError) as error:
+            raise SettingError(
+                f"key_template ({variable_of('key_template')}) = {self.key_template!r}: it must "
+                f"have {{key}}, and may have {{rank}}, {{local_rank}} and {{world_size}} ({error!r})"
+            ) from None
+
+    def of_delivery(self) -> dict[str, Any]:
+        """What whoever delivers this process's points goes by, as JSON takes it."""
+        return {name: getattr(self, name) for name in _OF_DELIVERY}
+
+    def with_delivery(self, said: Mapping[str, Any]) -> Settings:
+        """A copy that delivers as :meth:`of_delivery` said, elsewhere.
+
+        Raises:
+            SettingError: A value is out of range.
+        """
+        return replace(self, **{name: said[name] for name in _OF_DELIVERY if name in said})
+
     def resolved_spool_dir(self) -> Path:
         """``spool_dir`` as an absolute path, the platform's state directory when it is unset."""
         if self.spool_dir is not None:
@@ -172,13 +260,68 @@ def environment_experiment() -> tuple[str | None, str | None]:
     ) or None
 
 
-def environment_rank() -> int | None:
-    """The rank of this process among its job's, from torchrun, MPI or Slurm; None alone."""
-    for variable in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+#: (rank, local rank, world size) of torchrun and Ray Train, Open MPI, MPICH and Slurm, as their
+#: documentation names the variables.
+_PLACES = (
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+)
+
+
+def environment_place() -> Place:
+    """The place of this process in a distributed job, from what started it."""
+
+    def number(variable: str) -> int | None:
         text = os.environ.get(variable, "")
-        if text.isdecimal():
-            return int(text)
-    return None
+        return int(text) if text.isdecimal() else None
+
+    for rank, local_rank, world_size in _PLACES:
+        if number(rank) is not None:
+            return Place(
+                rank=number(rank), local_rank=number(local_rank), world_size=number(world_size)
+            )
+    return Place()
+
+
+#: MLflow's own retries, batching and recording would multiply ours; in the collector they are off.
+_QUIET_MLFLOW = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "",
+    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_RUN_ID": "",
+}
+#: The libraries under NumPy would start a thread per core.
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+#: How a tracking URI with credentials comes to a collector process: by its environment, which no
+#: other user can read, and never by the disk.
+_HANDED_ON = "_FLOWBUFFER_TRACKING_URI"
+
+
+def collector_environment(settings: Settings, tracking_uri: str) -> dict[str, str]:
+    """The environment of a collector process: this one's, with its credentials, and the settings.
+
+    Args:
+        settings: What the collector goes by where a producer says nothing.
+        tracking_uri: Of the producer that starts it, with its credentials.
+    """
+    environment = {**os.environ, **_QUIET_MLFLOW, **_ONE_THREAD, _HANDED_ON: tracking_uri}
+    environment = {name: value for name, value in environment.items() if value}
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        environment.pop(variable_of(item.name), None)
+        if value is not None:
+            environment[variable_of(item.name)] = str(value)
+    modules = [os.path.abspath(entry) for entry in sys.path if entry]
+    return {**environment, "PYTHONPATH": os.pathsep.join(modules), "PYTHONSAFEPATH": "1"}
+
+
+def handed_on_uri() -> str | None:
+    """In a collector process: the tracking URI of the producer that started it."""
+    return os.environ.get(_HANDED_ON) or None
 
 
 def _parsed(variable: str, annotation: str, text: str) -> Any:
@@ -217,6 +360,10 @@ def _checked(name: str, metadata: Mapping[str, Any], default: Any, value: Any) -
         if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
             raise SettingError(f"{said}: it must be a path")
         return Path(value)
+    if isinstance(default, str):
+        if not isinstance(value, str):
+            raise SettingError(f"{said}: it must be a str")
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SettingError(f"{said}: it must be a number")
     if not math.isfinite(value):

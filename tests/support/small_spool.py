@@ -7,9 +7,11 @@ from pathlib import Path
 from flowbuffer.retry import RetryPolicy
 from flowbuffer.sender import Sender, Source
 from flowbuffer.settings import Settings
-from flowbuffer.spool.directory import ProducerDirectory, Spool, this_producer
+from flowbuffer.spool.directory import ProducerDirectory, Spool
+from flowbuffer.spool.info import this_producer
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.reader import Reader
+from flowbuffer.spool.states import tally
 from flowbuffer.testing import FakeTransport, ManualClock
 
 RUN = "run"
@@ -39,13 +41,20 @@ class SmallSpool:
         self.woken = 0
         self._slots = (segment_slots, segment_slots)
         self.directory: ProducerDirectory = self.spool.add_producer(
-            this_producer(RUN, "fake://", None, 0)
+            this_producer(RUN, "fake://", 0)
         )
         self.producer = self.new_producer(self.directory)
         self.sender, self.source = self.new_sender(alive=True)
 
     def new_producer(self, directory: ProducerDirectory) -> Producer:
-        return Producer(directory, self.spool, self.settings, self.clock, lambda: None, self._slots)
+        return Producer(
+            directory,
+            self.spool,
+            self.settings,
+            self.clock,
+            lambda: None,
+            segment_slots=self._slots,
+        )
 
     def new_sender(self, *, alive: bool) -> tuple[Sender, Source]:
         """A sender as after a restart: all that it knows, it reads from the spool."""
@@ -62,7 +71,8 @@ class SmallSpool:
             while self.transport.waiting:
                 self.transport.answer()
                 next_s = 0.0
-            if self.sender.idle and not self.source.reader.unread():
+            found = tally(self.directory.path)
+            if self.sender.idle and (found is None or not found.pending):
                 return
             self.clock.turn(min(next_s, 1.0))
 

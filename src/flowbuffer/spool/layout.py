@@ -6,10 +6,12 @@
       <run>/<producer>/              one producer: one process logging to one run
         producer.json                who wrote this, and for which server; no credentials
         producer.lock                flock, held while the producer lives
+        reader.lock                  flock, held by whoever delivers this folder
         keys                         key table: frames, in the order of their ids
         00000000.slots               a segment: a header and a fixed number of slots
         00000000.journal             frames that the slots of that segment point to
         carry                        one frame: what outlives a deleted segment
+        delivery.json                how delivery is doing: for people, no promise rests on it
         rejected.jsonl               dead letters, one JSON object a line
         00000000.damaged             a segment that could not be read, kept
         parked.json                  why this run takes no more points, if it does not
@@ -26,7 +28,9 @@
     16      u32    number of this segment, as in the file's name
     20      u32    CRC-32 of bytes 0 to 19
     24      u32    wanted: how many slots from the first somebody waits for (skips the linger)
-    28      36x    zero
+    28      u32    closed: 0, or 1 + how many slots hold points: the producer was closed here
+    32      u32    outcome: of a closed producer's job, 1 finished · 2 failed
+    36      28x    zero
     ======  =====  ===========================================================================
 
     ======  =====  ===========================================================================
@@ -105,6 +109,10 @@ CHECKSUM: Final = struct.Struct("<I")
 CHECKSUM_OFFSET: Final = 20
 WANTED: Final = struct.Struct("<I")
 WANTED_OFFSET: Final = 24
+CLOSED: Final = struct.Struct("<II")
+CLOSED_OFFSET: Final = 28
+FINISHED: Final = 1
+FAILED: Final = 2
 
 #: The most slots that a reader accepts in one segment; bounds what a damaged header can ask for.
 MAX_SEGMENT_SLOTS: Final = 1 << 20

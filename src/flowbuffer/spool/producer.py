@@ -22,7 +22,8 @@ from flowbuffer.clock import Clock
 from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolFull
 from flowbuffer.settings import Settings
 from flowbuffer.spool import layout
-from flowbuffer.spool.directory import ProducerDirectory, Spool, open_file
+from flowbuffer.spool.directory import ProducerDirectory, Spool
+from flowbuffer.spool.files import open_file
 from flowbuffer.spool.layout import COMMITTED, EXPLICIT, SERIES, SLOT, SLOT_SIZE, STATE_OFFSET, VOID
 from flowbuffer.spool.points import (
     checked_key,
@@ -80,6 +81,7 @@ class Producer:
         settings: ``max_spool_bytes``, ``when_full``, ``block_timeout_s`` and ``durability``.
         clock: The time of the points.
         hurry: Called when delivery should not linger: someone waits, or the spool is full.
+        stored_key: Makes the key that is stored from the key that the caller gave.
         segment_slots: The slots of the first segment and of the others.
     """
 
@@ -90,6 +92,7 @@ class Producer:
         settings: Settings,
         clock: Clock,
         hurry: Callable[[], None],
+        stored_key: Callable[[str], str] = str,
         segment_slots: tuple[int, int] = (FIRST_SEGMENT_SLOTS, SEGMENT_SLOTS),
     ) -> None:
         self.directory = directory
@@ -99,6 +102,7 @@ class Producer:
         self._clock = clock
         self._now_ns = clock.now_ns
         self._hurry = hurry
+        self._stored_key = stored_key
         # A journal goes with its segment, so a segment ends when its journal is long.
         self._journal_limit = min(_LONG_JOURNAL, settings.max_spool_bytes // 8)
         # A small spool has room for several segments still, so that delivered ones can go.
@@ -269,13 +273,23 @@ class Producer:
             buffer[offset + STATE_OFFSET] = VOID
         return segment.number, offset
 
-    def close(self) -> None:
-        """Take no more points. What was logged stays for whoever delivers it."""
+    def close(self, *, failed: bool = False) -> None:
+        """Take no more points. What was logged stays for whoever delivers it.
+
+        Args:
+            failed: The job did not end well.
+        """
         with self._lock:
             if self._end is not None:
                 return
             self._end = self.barrier()
-            _, _, segment = self._current
+            _, buffer, segment = self._current
+            if segment.path.exists():
+                outcome = layout.FAILED if failed else layout.FINISHED
+                slots = (self._end[1] - layout.SEGMENT_HEADER_SIZE) // SLOT_SIZE
+                layout.CLOSED.pack_into(buffer, layout.CLOSED_OFFSET, 1 + slots, outcome)
+            else:
+                self.directory.lock.release()  # nothing was logged, or all of it is delivered
             self._current = (itertools.count().__next__, bytearray(), segment)
             os.close(self._keys)
             self._close_journal()
@@ -290,15 +304,17 @@ class Producer:
 
     def _add_key(self, key: Any, points: int = 1) -> bool:
         """Give a key its id; False if its ``points`` were dropped because the disk is full."""
-        checked_key(key)
-        return self._when_there_is_room(lambda: self._write_key(str(key)), points) is not None
+        stored = checked_key(self._stored_key(checked_key(key)))
+        return (
+            self._when_there_is_room(lambda: self._write_key(str(key), stored), points) is not None
+        )
 
-    def _write_key(self, key: str) -> int:
+    def _write_key(self, key: str, stored: str) -> int:
         with self._lock:
             self._check_open()
             if key not in self._key_ids:
                 identity = len(self._key_ids)
-                self._write(self._keys, layout.frame(identity, key.encode()))
+                self._write(self._keys, layout.frame(identity, stored.encode()))
                 self._key_ids[key] = identity
             return self._key_ids[key]
 

@@ -21,11 +21,10 @@ from flowbuffer.clock import Clock
 from flowbuffer.errors import SpoolError, SpoolFormatError
 from flowbuffer.spool import layout
 from flowbuffer.spool.columns import Block, mapped_segment, series_columns, sound_slots
-from flowbuffer.spool.directory import open_file, read_file, write_file
+from flowbuffer.spool.files import open_file, read_file, write_file
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, EMPTY, EXPLICIT, REJECTED, SERIES, VOID
-from flowbuffer.spool.states import committed_points, points_in, segment_numbers
+from flowbuffer.spool.states import CARRY, points_in, segment_numbers
 
-_CARRY: Final = struct.Struct("<IQQ")
 _MAX_KEYS_BYTES: Final = 256 << 20
 
 #: A slot that stays empty this long between others, in s, is passed over: its call was interrupted
@@ -38,10 +37,10 @@ LATE_TIMEOUT_S: Final = 60.0
 class _Segment:
     """A segment that is being read, mapped until all of it is settled."""
 
-    def __init__(self, number: int, columns: NDArray[Any], wanted: NDArray[np.uint32]) -> None:
+    def __init__(self, number: int, columns: NDArray[Any], fields: NDArray[np.uint32]) -> None:
         self.number = number
         self.columns = columns
-        self.wanted = wanted
+        self.fields = fields  # of the header: wanted, closed
         self.slots = len(columns)
         self.left = np.zeros(self.slots, np.int32)  # points on their way, by slot
         self.has_rejected = np.zeros(self.slots, np.bool_)
@@ -56,8 +55,8 @@ class Reader:
     """Reads what one producer wrote, and keeps the record of what became of it.
 
     Args:
-        folder: The producer's folder; the caller holds its lock, or is the producer's process.
-        alive: Whether points may still come. See :meth:`finish`.
+        folder: The producer's folder; the caller holds its ``reader.lock``.
+        alive: Whether points may still come. See :meth:`producer_died`.
         clock: Tells how long a slot has been empty.
 
     Attributes:
@@ -76,23 +75,23 @@ class Reader:
         self.problems: list[str] = []
         self._clock = clock
         self._alive = alive  # a call may be between its reservation and its store
-        self._end: tuple[int, int] | None = None
+        self._closed = False
+        self._note: dict[str, Any] = {}
         self._keys: dict[int, str] = {}
         self._open: list[_Segment] = []
         self._first = 0  # the number of the oldest segment that may exist
         self._next = 0  # the number of the next segment to open
         self._hole_since_s: tuple[int, int, float] | None = None
-        self._full_counts: dict[int, int] = {}
         self._read_carry()
 
-    def finish(self, end: tuple[int, int]) -> None:
-        """No point will come after ``end`` (see ``Producer.barrier``): the producer is closed."""
-        self._end = end
+    def producer_died(self) -> None:
+        """No point will come any more: what is there is all."""
+        self._alive = False
 
     @property
     def finished(self) -> bool:
-        """No more points will come."""
-        return not self._alive or self._end is not None
+        """The producer is dead, or closed and read up to the segment where it was."""
+        return not self._alive or self._closed
 
     @property
     def exhausted(self) -> bool:
@@ -166,7 +165,7 @@ class Reader:
             later = self._open[1:]
             delivered = max(self.delivered - _settled_points(later, DELIVERED), 0)
             rejected = max(self.rejected - _settled_points(later, REJECTED), 0)
-            content = _CARRY.pack(segment.number + 1, delivered, rejected) + self.carry
+            content = CARRY.pack(segment.number + 1, delivered, rejected) + self.carry
             self._write_carry(segment.number, layout.frame(layout.FORMAT_VERSION, content))
             self._open.pop(0)
             self._delete(segment.number)
@@ -191,44 +190,13 @@ class Reader:
     def hurried(self) -> bool:
         """Whether someone waits for a point that is not settled."""
         for segment in self._open:
-            wanted = min(int(segment.wanted[0]), segment.slots)
+            wanted = min(int(segment.fields[0]), segment.slots)
             if wanted:
                 states = segment.columns["state"][:wanted]
                 if ((states == COMMITTED) | (states == EMPTY)).any():
                     return True
-                segment.wanted[0] = 0
+                segment.fields[0] = 0
         return False
-
-    def unread(self) -> int:
-        """Points in the spool that were not read yet.
-
-        Add :attr:`on_their_way` after this, not before: what is read in between counts twice then,
-        and not never.
-        """
-        total = 0
-        number = self._next
-        segment = self._reading()
-        if segment is not None:
-            total += points_in(segment.columns[segment.next_slot :])
-        while (path := self._path(number)).exists():
-            count = self._full_counts.get(number)
-            if count is None:
-                count = committed_points(path)
-                if self._path(number + 1).exists():
-                    self._full_counts[number] = count
-            total += count
-            number += 1
-        return total
-
-    def oldest_unread_ms(self) -> int | None:
-        """The time of the oldest point that was not read yet, in ms since the epoch."""
-        segment = self._reading()
-        if segment is None or segment.next_slot >= segment.slots:
-            return None
-        slot = segment.columns[segment.next_slot]
-        if slot["state"] != COMMITTED:
-            return None
-        return int(slot["time"]) // (1 if slot["flags"] & EXPLICIT else 1_000_000)
 
     def dead_letter(self, letter: dict[str, Any]) -> None:
         """Append to ``rejected.jsonl``; call it before :meth:`mark`."""
@@ -241,13 +209,18 @@ class Reader:
         finally:
             os.close(descriptor)
 
-    def park(self, reason: str | None) -> None:
-        """Write down why the run takes no points (``parked.json``); None takes it back."""
-        path = self.folder / "parked.json"
-        if reason is None:
-            path.unlink(missing_ok=True)
-        else:
-            write_file(path, json.dumps({"reason": reason}).encode())
+    def note(self, note: dict[str, Any]) -> None:
+        """Tell how delivery is doing (``delivery.json``), if that is news."""
+        if note != self._note and (self._note or any(note.values())):
+            self._note = note
+            try:
+                write_file(self.folder / "delivery.json", json.dumps(note).encode())
+            except OSError:
+                pass  # a full disk; no promise rests on it
+
+    def note_done(self) -> None:
+        """Tell that everything is settled, and that the folder stays for what cannot be sent."""
+        self.note({**self._note, "done": True})
 
     def close(self) -> None:
         """Let go of the mapped segments."""
@@ -266,9 +239,9 @@ class Reader:
         if not self._alive:
             return min(segment.slots, segment.next_slot + limit)
         last = segment.slots
-        if self._end is not None and segment.number >= self._end[0]:
-            last = (self._end[1] - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE
-            last = min(max(last, 0), segment.slots)
+        if segment.fields[1]:
+            last = min(int(segment.fields[1]) - 1, segment.slots)
+            self._closed = True
         if segment.next_slot >= last:
             return segment.slots
         end = segment.seen = max(segment.seen, segment.next_slot)
@@ -285,7 +258,7 @@ class Reader:
     def _pass_over_hole(self, segment: _Segment) -> None:
         slot = segment.seen
         states = segment.columns["state"]
-        ended = self._end is not None or self._path(segment.number + 1).exists()
+        ended = self._closed or self._path(segment.number + 1).exists()
         if not ended and not states[slot + 1 : slot + 1025].any():
             self._hole_since_s = None
             return
@@ -323,7 +296,7 @@ class Reader:
                 path = self._path(self._next)
         number = self._next
         try:
-            columns, wanted, missing = mapped_segment(path, number)
+            columns, fields, missing = mapped_segment(path, number)
         except (SpoolError, ValueError) as error:
             kept = path.replace(path.with_suffix(".damaged"))  # for nobody to delete
             self._problem(f"{path} cannot be read and is kept as {kept.name}: {error}")
@@ -331,10 +304,9 @@ class Reader:
             return self._open_next()
         if missing:
             self._problem(f"{path} was cut off: {missing} of its slots are missing")
-        segment = _Segment(number, columns, wanted)
+        segment = _Segment(number, columns, fields)
         self._open.append(segment)
         self._next = number + 1
-        self._full_counts.pop(number, None)
         return segment
 
     # From slots to columns.
@@ -426,11 +398,11 @@ class Reader:
         if segment.columns["state"][slot] in (DELIVERED, REJECTED):
             return
         self._problem(f"{self._path(segment.number)}, slot {slot}: {reason}")
-        self.dead_letter(
-            {"segment": segment.number, "slot": slot, "reason": reason, "bytes": raw.hex()}
-        )
+        letter = {"segment": segment.number, "slot": slot, "reason": reason, "bytes": raw.hex()}
         segment.columns["state"][slot] = REJECTED
-        self.rejected += 1
+        points = points_in(segment.columns[slot : slot + 1], REJECTED)
+        self.dead_letter(letter if points == 1 else {**letter, "points": points})
+        self.rejected += points
 
     # Files.
 
@@ -440,8 +412,8 @@ class Reader:
             version, payload = layout.parse_frame(data)
             if version != layout.FORMAT_VERSION:
                 raise SpoolFormatError(f"it has format version {version}")
-            self._first, self.delivered, self.rejected = _CARRY.unpack_from(payload)
-            self.carry = payload[_CARRY.size :]
+            self._first, self.delivered, self.rejected = CARRY.unpack_from(payload)
+            self.carry = payload[CARRY.size :]
         except FileNotFoundError:
             pass
         except (SpoolError, struct.error) as error:

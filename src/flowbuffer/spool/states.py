@@ -1,22 +1,75 @@
 """What became of points, seen from outside: by whoever waits, in any process.
 
-Only looks, but for :func:`want`, which tells the reader that someone waits.
+Only looks, but for :func:`want`, which tells the reader that someone waits, and :func:`park`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from flowbuffer.errors import SpoolError, SpoolFormatError
 from flowbuffer.spool import layout
-from flowbuffer.spool.directory import open_file, read_file
-from flowbuffer.spool.layout import COMMITTED, DELIVERED, SERIES
+from flowbuffer.spool.files import open_file, read_file, write_file
+from flowbuffer.spool.layout import COMMITTED, DELIVERED, EXPLICIT, REJECTED, SERIES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+#: How the payload of ``carry`` begins: the number of the oldest segment that may exist, and the
+#: points of deleted segments that were delivered, and rejected.
+CARRY: Final = struct.Struct("<IQQ")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What became of a producer's points. ``oldest_ms``: the time of one that is pending, of the
+    first that was logged, in ms since the epoch; None if none is."""
+
+    delivered: int = 0
+    rejected: int = 0
+    pending: int = 0
+    oldest_ms: int | None = None
+
+
+def tally(folder: Path) -> Tally | None:
+    """Count a producer's points; None if the folder is gone, because all of them are delivered."""
+    while True:
+        carried = _carried(folder)
+        first, settled = carried[0], carried[1] + carried[2]
+        pending, oldest_ms = 0, None
+        for number in segment_numbers(folder):
+            if number >= first:
+                rows = _slots(folder / f"{number:08d}.slots")
+                waiting = points_in(rows)
+                settled += points_in(rows, DELIVERED) + points_in(rows, REJECTED)
+                pending += waiting
+                if waiting and oldest_ms is None:
+                    oldest_ms = _time_ms(rows[rows["state"] == COMMITTED][0])
+        if not folder.exists():
+            return None
+        if _carried(folder) == carried:  # no segment was deleted meanwhile
+            rejected = min(_rejected_points(folder), settled)
+            return Tally(settled - rejected, rejected, pending, oldest_ms)
+
+
+def _carried(folder: Path) -> tuple[int, int, int]:
+    try:
+        _, payload = layout.parse_frame(
+            read_file(folder / "carry", limit=layout.MAX_FRAME_PAYLOAD + 64)
+        )
+        return CARRY.unpack_from(payload)
+    except (OSError, SpoolFormatError, struct.error):
+        return 0, 0, 0
+
+
+def _time_ms(row: Any) -> int:
+    return int(row["time"]) // (1 if row["flags"] & EXPLICIT else 1_000_000)
 
 
 def segment_numbers(folder: Path) -> list[int]:
@@ -28,17 +81,53 @@ def segment_numbers(folder: Path) -> list[int]:
     return sorted(int(n[:-6]) for n in names if n.endswith(".slots") and n[:-6].isdecimal())
 
 
-def committed_points(path: Path, end: int | None = None) -> int:
-    """How many points in the slots of a segment before byte ``end`` wait for delivery."""
-    try:
-        data = read_file(path, limit=layout.segment_size(layout.MAX_SEGMENT_SLOTS))
-    except FileNotFoundError:
-        return 0
+def _slots(path: Path, end: int | None = None) -> NDArray[Any]:
+    """The slots of a segment before byte ``end``; none if it is gone, or cannot be read."""
     import numpy
 
+    try:
+        data = read_file(path, limit=layout.segment_size(layout.MAX_SEGMENT_SLOTS))
+    except (FileNotFoundError, SpoolError):
+        data = b""
     body = data[layout.SEGMENT_HEADER_SIZE : end]
     columns = numpy.dtype(layout.SLOT_COLUMNS)  # type: ignore[call-overload]
-    return points_in(numpy.frombuffer(body, columns, len(body) // layout.SLOT_SIZE))
+    return numpy.frombuffer(body, columns, len(body) // layout.SLOT_SIZE)
+
+
+def is_settled(folder: Path, barrier: tuple[int, int]) -> bool:
+    """Whether no point before a barrier (see ``Producer.barrier``) waits for delivery."""
+    return not any(points_in(_slots(path, end)) for path, end in segments_before(folder, barrier))
+
+
+def last_barrier(folder: Path) -> tuple[int, int]:
+    """A barrier after every point that is in a folder now."""
+    numbers = segment_numbers(folder)
+    if not numbers:
+        return -1, 0
+    states = _slots(folder / f"{numbers[-1]:08d}.slots")["state"].nonzero()[0]
+    used = int(states[-1]) + 1 if len(states) else 0
+    return numbers[-1], layout.segment_size(used)
+
+
+def closed_outcome(folder: Path) -> int:
+    """The field ``outcome`` of a closed producer (see ``layout``); 0 if it was never closed."""
+    for number in segment_numbers(folder)[-1:]:
+        try:
+            head = read_file(folder / f"{number:08d}.slots", limit=layout.SEGMENT_HEADER_SIZE)
+            closed, outcome = layout.CLOSED.unpack_from(head, layout.CLOSED_OFFSET)
+        except (OSError, struct.error):
+            continue
+        return int(outcome) if closed else 0
+    return 0
+
+
+def delivery_note(folder: Path) -> dict[str, Any]:
+    """What ``delivery.json`` tells (see ``Sender``); empty if there is nothing, or no sense."""
+    try:
+        said = json.loads(read_file(folder / "delivery.json", limit=1 << 20))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def segments_before(folder: Path, barrier: tuple[int, int]) -> Iterator[tuple[Path, int | None]]:
@@ -77,11 +166,7 @@ def want(path: Path, offset: int) -> None:
 
 def dead_letters(folder: Path) -> Iterator[dict[str, Any]]:
     """The dead letters of a producer, oldest first; lines that are no JSON are passed over."""
-    try:
-        data = read_file(folder / "rejected.jsonl", limit=1 << 30)
-    except FileNotFoundError:
-        return
-    for line in data.splitlines():
+    for line in dict.fromkeys(_letters(folder)):  # one letter may have been written twice
         try:
             letter = json.loads(line)
         except (ValueError, RecursionError):
@@ -90,12 +175,41 @@ def dead_letters(folder: Path) -> Iterator[dict[str, Any]]:
             yield letter
 
 
+def _letters(folder: Path) -> list[bytes]:
+    try:
+        return read_file(folder / "rejected.jsonl", limit=1 << 30).splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _rejected_points(folder: Path) -> int:
+    letters = {letter for letter in _letters(folder) if letter.endswith(b"}")}
+    return len(letters) + sum(_points(letter) - 1 for letter in letters if b'"points"' in letter)
+
+
+def _points(letter: bytes) -> int:
+    try:
+        return int(json.loads(letter).get("points", 1))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return 1
+
+
 def has_dead_letters(folder: Path) -> bool:
     """Whether there are any, readable or not."""
     try:
         return (folder / "rejected.jsonl").stat().st_size > 0
     except FileNotFoundError:
         return False
+
+
+def park(folder: Path, reason: str | None) -> None:
+    """Write down why nobody delivers this producer's points (``parked.json``); None takes it
+    back."""
+    path = folder / "parked.json"
+    if reason is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_file(path, json.dumps({"reason": reason}).encode())
 
 
 def parked_reason(folder: Path) -> str | None:

@@ -1,0 +1,121 @@
+"""The collector as a process: ``python -m flowbuffer.collector_process SPOOL DESCRIPTOR``.
+
+Started by a :class:`flowbuffer.launcher.Launcher`, it serves every producer of a spool whose
+setting is ``delivery="process"``, adopts what dead ones left, and ends when nothing is left to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from flowbuffer.clock import SYSTEM_CLOCK, Clock
+from flowbuffer.collector import Collector, is_served
+from flowbuffer.delivery_client import warm_up
+from flowbuffer.errors import FlowbufferError, UnauthorisedError
+from flowbuffer.launcher import collector_lock
+from flowbuffer.settings import Settings, handed_on_uri
+from flowbuffer.spool.directory import Spool
+from flowbuffer.spool.files import FileLock
+from flowbuffer.spool.info import read_info
+
+_log = logging.getLogger("flowbuffer")
+
+
+class Shift:
+    """How long a collector process has to stay.
+
+    Args:
+        collector: What it does.
+        clock: Tells how long it has been alone.
+        drain_timeout_s: How long it goes on once no producer lives.
+    """
+
+    def __init__(self, collector: Collector, clock: Clock, drain_timeout_s: float) -> None:
+        self._collector = collector
+        self._clock = clock
+        self._drain_timeout_s = drain_timeout_s
+        self._start_ms = clock.now_ns() // 1_000_000
+        self._alone_since_s: float | None = None
+
+    @property
+    def over(self) -> bool:
+        """Nothing is left, the time for what is left is up, or a newer one has to take over."""
+        if self._superseded():
+            return True
+        streams = self._collector.streams
+        if any(not stream.reader.finished for stream in streams) or self.wanted_elsewhere():
+            self._alone_since_s = None
+            return False
+        now_s = self._clock.monotonic_s()
+        if self._alone_since_s is None:
+            self._alone_since_s = now_s
+        waiting = any(not stream.sender.gone for stream in streams)
+        return not waiting or now_s - self._alone_since_s >= self._drain_timeout_s
+
+    def wanted_elsewhere(self) -> bool:
+        """Whether a producer lives whose folder this collector does not have (yet)."""
+        own = {stream.claim.path for stream in self._collector.streams}
+        return any(
+            is_served(folder) for folder in self._collector.spool.folders() if folder not in own
+        )
+
+    def _superseded(self) -> bool:
+        """The credentials of this process are refused, and a producer that came later may have
+        others: the collector that it starts takes them from its environment."""
+        streams = self._collector.streams
+        refused = any(isinstance(s.sender.failure, UnauthorisedError) for s in streams)
+        return refused and any(
+            stream.claim.info.start_ms > self._start_ms and not stream.reader.finished
+            for stream in streams
+        )
+
+
+def main() -> None:
+    """What the process does, from its start to its end."""
+    root, descriptor = Path(sys.argv[1]), int(sys.argv[2])
+    if os.fork():
+        os._exit(0)  # so that the process that logs has no child that it knows nothing of
+    lock: FileLock | None = FileLock(descriptor)
+    os.umask(0o077)
+    logging.basicConfig(format=f"%(asctime)s [{os.getpid()}] %(message)s", level=logging.WARNING)
+    settings = Settings.from_env()
+    spool = Spool(root)
+    while lock is not None:
+        os.ftruncate(lock.descriptor, 0)
+        os.pwrite(lock.descriptor, str(os.getpid()).encode(), 0)
+        _serve(spool, settings)
+        lock.release()
+        # Whoever came while the lock was held relied on this process.
+        newcomer = any(map(is_served, spool.folders()))
+        lock = FileLock.take(collector_lock(root)) if newcomer else None
+
+
+def _serve(spool: Spool, settings: Settings) -> None:
+    collector = Collector(spool, settings, SYSTEM_CLOCK, living=True)
+    uri = handed_on_uri()
+    if uri is not None:
+        collector.know(uri)
+    _import_stores(spool)
+    shift = Shift(collector, SYSTEM_CLOCK, settings.drain_timeout_s)
+    while True:
+        next_s = collector.step()
+        if shift.over:
+            return
+        collector.wait(next_s)
+
+
+def _import_stores(spool: Spool) -> None:
+    """Import what delivery needs before any folder is claimed: until then a job that ends can
+    deliver its points by itself, and does not wait for seconds of imports here."""
+    for folder in spool.folders():
+        try:
+            warm_up(read_info(folder).tracking_uri)
+        except (FlowbufferError, ImportError):
+            continue  # told when it is delivered
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Who delivers what a logger logs, as the logger sees it (the setting ``delivery``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.launcher import launcher_of
+from flowbuffer.settings import Settings
+from flowbuffer.spool.directory import Spool, has_producer
+from flowbuffer.spool.states import park
+
+if TYPE_CHECKING:
+    from flowbuffer.collector import Collector, Stream
+
+#: A process that waits for its points, and delivers them itself as nobody else does, goes on with
+#: that for so long after it last waited, in s.
+_HERE_FOR_S = 1.0
+
+
+class Delivery(Protocol):
+    """Delivers a producer's folder.
+
+    Attributes:
+        spool: Where the folder is.
+        goes_on: What happens to what is left when the process ends, for its last line.
+    """
+
+    spool: Spool
+    goes_on: str
+
+    def begin(self, folder: Path) -> None:
+        """The producer's folder is there."""
+
+    def push(self) -> None:
+        """Someone waits for a point. Called again and again until it is delivered."""
+
+    def end(self) -> None:
+        """The producer is closed, and nobody waits any more."""
+
+    def is_idle(self) -> bool:
+        """Whether waiting for what dead producers left gets nobody anywhere."""
+
+    def left_by_dead(self, run_id: str) -> list[Path]:
+        """The folders of a run whose producers died, to be delivered before the run ends."""
+
+
+class NoDelivery:
+    """Nobody: points stay in the spool (``offline``)."""
+
+    goes_on = ""
+
+    def __init__(self, settings: Settings) -> None:
+        self.spool = Spool(settings.resolved_spool_dir())
+
+    def begin(self, folder: Path) -> None:
+        park(folder, "flowbuffer is offline")
+
+    def push(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def is_idle(self) -> bool:
+        return True
+
+    def left_by_dead(self, run_id: str) -> list[Path]:  # noqa: ARG002
+        return []
+
+
+class DeliveryHere:
+    """A thread of this process, or with ``delivery="inline"`` whoever waits."""
+
+    goes_on = ""
+
+    def __init__(self, settings: Settings, tracking_uri: str) -> None:
+        from flowbuffer.collector import collector_of  # it imports NumPy
+
+        self._uri = tracking_uri
+        self._collector: Collector = collector_of(settings)
+        self.spool = self._collector.spool
+
+    def begin(self, folder: Path) -> None:
+        self._collector.add(folder, self._uri)
+        self._collector.start()
+
+    def push(self) -> None:
+        if not self._collector.has_thread:
+            self._collector.drain()
+        self._collector.hurry()
+
+    def end(self) -> None: ...
+
+    def is_idle(self) -> bool:
+        return all(stream.stuck for stream in self._collector.streams if stream.adopted)
+
+    def left_by_dead(self, run_id: str) -> list[Path]:
+        return [
+            stream.claim.path
+            for stream in self._collector.streams
+            if stream.adopted and stream.claim.info.run_id == run_id
+        ]
+
+
+class DeliveryByProcess:
+    """The spool's collector process; while there is none, whoever waits."""
+
+    def __init__(self, settings: Settings, tracking_uri: str) -> None:
+        self._settings = settings
+        self._uri = tracking_uri
+        self.spool = Spool(settings.resolved_spool_dir())
+        self._launcher = launcher_of(settings, tracking_uri)
+        self._folder: Path | None = None
+        self._here: Stream | None = None
+        self.goes_on = (
+            f"the collector process goes on for up to {settings.drain_timeout_s:g} s, or "
+        )
+
+    def begin(self, folder: Path) -> None:
+        self._folder = folder
+        self._launcher.join()
+
+    def push(self) -> None:
+        from flowbuffer.collector import collector_of
+
+        assert self._folder is not None
+        self._launcher.ensure()
+        collector = collector_of(self._settings)
+        if self._here is None or self._here not in collector.streams:
+            self._here = collector.add(self._folder, self._uri)
+        if self._here is not None:
+            self._here.until_s = SYSTEM_CLOCK.monotonic_s() + _HERE_FOR_S
+            collector.start()
+            if not collector.has_thread:
+                collector.drain()
+            collector.hurry()
+
+    def end(self) -> None:
+        self._launcher.leave()
+
+    def is_idle(self) -> bool:
+        return True
+
+    def left_by_dead(self, run_id: str) -> list[Path]:
+        return [folder for folder in self.spool.folders(run_id) if not has_producer(folder)]
+
+
+def delivery_of(settings: Settings, tracking_uri: str) -> Delivery:
+    """Who delivers, by the settings."""
+    if settings.offline:
+        return NoDelivery(settings)
+    if settings.delivery == "process":
+        return DeliveryByProcess(settings, tracking_uri)
+    return DeliveryHere(settings, tracking_uri)

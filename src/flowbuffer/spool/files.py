@@ -1,0 +1,144 @@
+"""Files as a spool uses them: of this user alone, no links, whole or not at all, locked by flock."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import weakref
+from pathlib import Path
+
+from flowbuffer.errors import SpoolError
+
+#: What to do about a folder that cannot be a spool.
+MOVE_IT = "set FLOWBUFFER_SPOOL_DIR (spool_dir) to a folder on a local disk or tmpfs"
+
+
+class FileLock:
+    """An exclusive flock on a file, held until :meth:`release` or the death of the process.
+
+    A forked child does not keep it: there the descriptor is closed at once, so that the lock goes
+    with the parent.
+
+    Args:
+        descriptor: Of the file, locked already; -1 once it is released.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        _held_locks.add(self)
+
+    @classmethod
+    def take(cls, path: Path, *, create: bool = False) -> FileLock | None:
+        """The lock of the file at ``path``, or None if another process holds it or it is gone."""
+        try:
+            descriptor = open_file(path, os.O_RDWR | (os.O_CREAT if create else 0))
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink:
+                return cls(descriptor)
+        except BlockingIOError:
+            pass
+        os.close(descriptor)
+        return None
+
+    def release(self) -> None:
+        """Let go; doing so again does nothing."""
+        if self.descriptor >= 0:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # a child may have the descriptor, too
+        self.leave()
+
+    def leave(self) -> None:
+        """Close the descriptor; the lock stays with the process that inherited it, if one did."""
+        descriptor, self.descriptor = self.descriptor, -1
+        _held_locks.discard(self)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+_held_locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
+
+
+def _close_inherited_locks() -> None:
+    for lock in list(_held_locks):
+        lock.leave()
+
+
+os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
+def open_file(path: Path, flags: int) -> int:
+    """A descriptor of a regular file of this user; links are not followed.
+
+    Raises:
+        SpoolError: It is a link, not a regular file, somebody else's, or open to others.
+        OSError: As :func:`os.open`.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if path.is_symlink():
+            raise SpoolError(f"{path} is a link; flowbuffer follows none") from error
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        os.close(descriptor)
+        raise SpoolError(f"{path} is not a regular file of this user")
+    if found.st_mode & 0o077:
+        os.close(descriptor)
+        raise SpoolError(f"{path} is open to other users; chmod 600 it")
+    return descriptor
+
+
+def read_file(path: Path, *, limit: int) -> bytes:
+    """The content of a file, of which at most ``limit`` bytes are read."""
+    with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
+        return file.read(min(limit, os.fstat(file.fileno()).st_size))
+
+
+def write_file(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Replace a file whole: whoever reads it finds the old content or the new."""
+    fresh = path.with_name(f".{path.name}.new")
+    with os.fdopen(open_file(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def check_private(folder: Path) -> None:
+    """Refuse a folder that is not this user's alone.
+
+    Raises:
+        SpoolError: It is a link, no folder, somebody else's, or open to others.
+    """
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise SpoolError(f"{folder} is not a folder (links are not followed); {MOVE_IT}")
+    if found.st_uid != os.geteuid():
+        raise SpoolError(f"{folder} belongs to user id {found.st_uid}; {MOVE_IT}")
+    if found.st_mode & 0o077:
+        raise SpoolError(
+            f"{folder} is open to other users (mode {stat.S_IMODE(found.st_mode):04o}); "
+            f"chmod -R go-rwx it, or {MOVE_IT}"
+        )
+
+
+def file_system_of(path: Path) -> str:
+    """The type of the file system that holds ``path``; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    real = os.path.realpath(path)
+    best, kind = "", ""
+    for line in lines:
+        mount, _, description = line.partition(" - ")
+        point = mount.split(" ")[4].encode().decode("unicode_escape")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, description.split(" ")[0]
+    return kind
