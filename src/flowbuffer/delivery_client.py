@@ -79,12 +79,13 @@ os.register_at_fork(
 
 def warm_up(uri: str) -> None:
     """Import what :func:`delivery_client` will need: seconds, the first time."""
-    import mlflow.store.tracking.rest_store
-    import mlflow.tracking
+    from importlib import import_module
+
     from mlflow.store.db.db_types import DATABASE_ENGINES
 
+    import_module("mlflow.store.tracking.rest_store")
     if uri.split("+")[0].split(":")[0] in DATABASE_ENGINES:
-        import mlflow.store.tracking.sqlalchemy_store
+        import_module("mlflow.store.tracking.sqlalchemy_store")
 
 
 def delivery_client(uri: str, timeout_s: float) -> Any:

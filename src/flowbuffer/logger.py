@@ -21,7 +21,7 @@ from flowbuffer.delivery import Delivery, DeliveryByProcess, DeliveryHere, deliv
 from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.handle import Handle
 from flowbuffer.report import Progress, Report, Stats
-from flowbuffer.settings import Place, Settings, environment_experiment, environment_place
+from flowbuffer.settings import Settings, environment_experiment, environment_place
 from flowbuffer.spool.points import Number
 from flowbuffer.spool.producer import Places, Producer
 from flowbuffer.spool.states import (

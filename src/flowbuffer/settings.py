@@ -130,8 +130,8 @@ class Settings:
     )
     ranks: str = _text(
         "all",
-        "Which processes of a distributed job log: `all`, or ranks like `0` or `0,4`. In the others "
-        "every call returns at once.",
+        "Which processes of a distributed job log: `all`, or ranks like `0` or `0,4`. In the "
+        "others every call returns at once.",
     )
     key_template: str = _text(
         "{key}",
@@ -217,8 +217,8 @@ class Settings:
             )
         except (ValueError, LookupError, AttributeError) as error:
             raise SettingError(
-                f"key_template ({variable_of('key_template')}) = {self.key_template!r}: it must "
-                f"have {{key}}, and may have {{rank}}, {{local_rank}} and {{world_size}} ({error!r})"
+                f"key_template ({variable_of('key_template')}) = {self.key_template!r}: it must have "
+                f"{{key}}, and may have {{rank}}, {{local_rank}} and {{world_size}} ({error!r})"
             ) from None
 
     def of_delivery(self) -> dict[str, Any]:

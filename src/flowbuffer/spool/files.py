@@ -1,4 +1,4 @@
-"""Files as a spool uses them: of this user alone, no links, whole or not at all, locked by flock."""
+"""Files as a spool uses them: of this user alone, no links, replaced whole, locked by flock."""
 
 from __future__ import annotations
 

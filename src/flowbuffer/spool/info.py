@@ -1,4 +1,4 @@
-"""Who wrote a folder, for which run and server, and how it is to be delivered: ``producer.json``."""
+"""Who wrote a folder, for which run and server, and how to deliver it: ``producer.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 from flowbuffer.errors import SpoolFormatError
 from flowbuffer.spool.files import read_file
 from flowbuffer.spool.layout import FORMAT_VERSION
-
 
 #: ``ProducerInfo.delivery`` of a producer whose points only ``flowbuffer sync`` delivers.
 OFFLINE = "offline"
