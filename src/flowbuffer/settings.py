@@ -217,8 +217,8 @@ class Settings:
             )
         except (ValueError, LookupError, AttributeError) as error:
             raise SettingError(
-                f"key_template ({variable_of('key_template')}) = {self.key_template!r}: it must have "
-                f"{{key}}, and may have {{rank}}, {{local_rank}} and {{world_size}} ({error!r})"
+                f"key_template ({variable_of('key_template')}) = {self.key_template!r}: it must "
+                f"have {{key}}, and may have {{rank}}, {{local_rank}}, {{world_size}} ({error!r})"
             ) from None
 
     def of_delivery(self) -> dict[str, Any]:
