@@ -18,6 +18,7 @@ from support.backends import (
     make_run,
     new_sqlite,
 )
+from support.collectors import end_collector
 from support.jobs import Job, StartJob, Store
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when a fixture or a test imports MLflow
@@ -50,6 +51,7 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     )  # a collector process takes seconds to start
     monkeypatch.chdir(tmp_path)
     yield
+    end_collector(tmp_path / "spool")
     if mlflow := sys.modules.get("mlflow"):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the server may be gone
         while mlflow.active_run():

@@ -75,6 +75,9 @@ class Shift:
 
 def main() -> None:
     """What the process does, from its start to its end."""
+    if len(sys.argv) != 3:
+        print("this is started by flowbuffer; to deliver a spool: flowbuffer sync", file=sys.stderr)
+        sys.exit(2)
     root, descriptor = Path(sys.argv[1]), int(sys.argv[2])
     if os.fork():
         os._exit(0)  # so that the process that logs has no child that it knows nothing of

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 #: A process that waits for its points, and delivers them itself as nobody else does, goes on with
 #: that for so long after it last waited, in s.
 _HERE_FOR_S = 1.0
+#: How often it looks whether somebody else does, in s.
+_LOOK_EVERY_S = 0.1
 
 
 class Delivery(Protocol):
@@ -112,6 +114,7 @@ class DeliveryByProcess:
         self._launcher = launcher_of(settings, tracking_uri)
         self._folder: Path | None = None
         self._here: Stream | None = None
+        self._look_at_s = 0.0
         self.goes_on = (
             f"the collector process goes on for up to {settings.drain_timeout_s:g} s, or "
         )
@@ -124,12 +127,17 @@ class DeliveryByProcess:
         from flowbuffer.collector import collector_of
 
         assert self._folder is not None
-        self._launcher.ensure()
+        now_s = SYSTEM_CLOCK.monotonic_s()
         collector = collector_of(self._settings)
         if self._here is None or self._here not in collector.streams:
+            self._here = None
+            if now_s < self._look_at_s:
+                return
+            self._look_at_s = now_s + _LOOK_EVERY_S
+            self._launcher.ensure()
             self._here = collector.add(self._folder, self._uri)
         if self._here is not None:
-            self._here.until_s = SYSTEM_CLOCK.monotonic_s() + _HERE_FOR_S
+            self._here.until_s = now_s + _HERE_FOR_S
             collector.start()
             if not collector.has_thread:
                 collector.drain()

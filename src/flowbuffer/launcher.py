@@ -101,6 +101,7 @@ class Launcher:
                     )  # fmt: skip
 
     def _start(self, lock: FileLock) -> None:
+        os.ftruncate(lock.descriptor, 0)  # of the last collector's pid
         log = self._open_log()
         try:
             process = subprocess.Popen(

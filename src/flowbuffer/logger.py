@@ -26,6 +26,7 @@ from flowbuffer.spool.points import Number
 from flowbuffer.spool.producer import Places, Producer
 from flowbuffer.spool.states import (
     Tally,
+    Waiting,
     delivery_note,
     is_settled,
     last_barrier,
@@ -321,9 +322,10 @@ class MetricLogger:
         start_s = time.monotonic()
         producer = self._producer
         if isinstance(producer, Producer):
-            folder, barrier = producer.directory.path, self._hurry_to(producer)
+            folder = producer.directory.path
+            waiting = Waiting(folder, self._hurry_to(producer))
             self._wait(
-                lambda: is_settled(folder, barrier) or parked_reason(folder) is not None,
+                lambda: waiting.is_over() or parked_reason(folder) is not None,
                 None if timeout is None else start_s + timeout,
                 progress=progress,
             )
@@ -397,7 +399,6 @@ class MetricLogger:
         assert delivery is not None
         start_s = time.monotonic()
         shown = Progress(self._counts)
-        pause_s = 0.001
         while not until():
             now_s = time.monotonic()
             if deadline_s is not None and now_s >= deadline_s:
@@ -405,10 +406,11 @@ class MetricLogger:
             delivery.push()
             if progress:
                 shown.show(now_s - start_s)
+            # A look costs CPU time, so a long wait looks seldom.
+            pause_s = min(max(0.001, 0.1 * (now_s - start_s)), 0.25)
             SYSTEM_CLOCK.sleep(
                 pause_s if deadline_s is None else min(pause_s, max(deadline_s - now_s, 0))
             )
-            pause_s = min(pause_s * 1.5, 0.05)
         shown.close()
 
     def _counts(self) -> dict[str, Any]:

@@ -1,0 +1,173 @@
+"""What delivery takes from the training loop: steps of 10 ms that log 100 metrics each.
+
+    python benchmarks/interference.py [--steps N] [--rounds N]
+
+Each way to log runs the same pure-Python steps in a process of its own, in turn, to one local
+server. With two processors the loop (and whatever runs in its process) is pinned to the first, the
+server and the collector process to the second, as they would be on a machine with more; so what is
+seen is what shares the loop's interpreter. A way's figure is the median over the rounds of its
+median (or p99) step, against steps that log nothing. Targets: process delivery within 2% at the
+median and 5% at p99; the exit status is 1 if not.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+WAYS = ("nothing", "process", "thread", "mlflow async")
+METRICS = 100
+STEP_MS = 10.0
+TARGETS = {"p50": 1.02, "p99": 1.05}
+CAN_PIN = hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1
+
+
+def work(turns: int) -> float:
+    """A step of training, as far as the interpreter is concerned."""
+    total = 0.0
+    for turn in range(turns):
+        total += turn % 7
+    return total
+
+
+def turns_of_a_step() -> int:
+    best = min(_timed(100_000) for _ in range(20))
+    return round(100_000 * STEP_MS / 1e3 / best)
+
+
+def _timed(turns: int) -> float:
+    start = time.perf_counter()
+    work(turns)
+    return time.perf_counter() - start
+
+
+def pin(pid: int, cpus: set[int]) -> None:
+    """Pin all threads of a process, and those that it will have."""
+    if CAN_PIN:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(task.name), cpus)
+
+
+def loop(way: str, uri: str, run_id: str, turns: int, steps: int) -> None:
+    """The training process: prints its steps' times in ms."""
+    import mlflow
+
+    from flowbuffer import MetricLogger, Settings
+    from support.waiting import wait_until
+
+    values = {f"metric{number}": 0.5 for number in range(METRICS)}
+    first, second = sorted(os.sched_getaffinity(0))[:2] if CAN_PIN else (0, 0)
+    logger = None
+    if way in ("process", "thread"):
+        settings = Settings.from_env(delivery=way, shutdown_timeout_s=0.0)
+        logger = MetricLogger(run_id, tracking_uri=uri, settings=settings)
+        logger.log_metrics(values, 0).wait(60)
+        if way == "process":
+            lock = Path(os.environ["FLOWBUFFER_SPOOL_DIR"]) / "collector.lock"
+            wait_until(lambda: lock.read_text() != "")
+            pin(int(lock.read_text()), {second})
+            time.sleep(
+                6
+            )  # until it has imported MLflow and this process has handed its folder over
+    client = mlflow.MlflowClient(uri)
+    pin(os.getpid(), {first})
+    taken = []
+    for step in range(steps):
+        start = time.perf_counter()
+        work(turns)
+        if logger is not None:
+            for key, value in values.items():
+                logger.log_metric(key, value, step)
+        elif way == "mlflow async":
+            for key, value in values.items():
+                client.log_metric(run_id, key, value, step=step, synchronous=False)
+        taken.append((time.perf_counter() - start) * 1e3)
+    print(json.dumps(taken), flush=True)
+    os._exit(0)  # what is not delivered is not what is measured
+
+
+def measure(way: str, uri: str, turns: int, steps: int) -> list[float]:
+    from support.backends import make_run
+
+    with tempfile.TemporaryDirectory() as spool:
+        done = subprocess.run(
+            [sys.executable, __file__, "--loop", way, uri, make_run(uri), str(turns), str(steps)],
+            env=os.environ | {"FLOWBUFFER_SPOOL_DIR": f"{spool}/spool"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        _end_collector(Path(spool) / "spool" / "collector.lock")
+    taken: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return taken[20:]
+
+
+def _end_collector(lock: Path) -> None:
+    """End the collector that this round started: its backlog is of no interest."""
+    import fcntl
+    import signal
+
+    if not lock.exists():
+        return
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.kill(int(file.read()), signal.SIGTERM)
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--loop", nargs=5, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.loop:
+        way, uri, run_id, turns, steps = given.loop
+        loop(way, uri, run_id, int(turns), int(steps))
+    import numpy as np
+
+    from support.backends import MlflowServer, new_sqlite
+
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    turns = turns_of_a_step()
+    found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        uri = new_sqlite(Path(folder) / "mlflow.db")
+        if CAN_PIN:
+            both = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {sorted(both)[1]})  # the server inherits it
+        with MlflowServer(uri, Path(folder)) as server:
+            if CAN_PIN:
+                os.sched_setaffinity(0, both)
+            for number in range(given.rounds):
+                for way in WAYS:
+                    taken = measure(way, server.uri, turns, given.steps)
+                    p50, p99 = np.percentile(taken, [50, 99])
+                    found[way].append((p50, p99, sum(taken) / len(taken)))
+                    print(f"round {number + 1} {way}: p50 {p50:.2f} p99 {p99:.2f}", file=sys.stderr)
+    base = [statistics.median(column) for column in zip(*found["nothing"], strict=True)]
+    print(f"{'':<14}{'p50 ms':>8}{'':>8}{'p99 ms':>8}{'':>8}{'mean ms':>8}")
+    missed = False
+    for way in WAYS:
+        line = f"{way:<14}"
+        own = [statistics.median(column) for column in zip(*found[way], strict=True)]
+        for value, bare in zip(own, base, strict=True):
+            line += f"{value:>8.2f}{f'x{value / bare:.3f}':>8}"
+        print(line)
+        if way == "process":
+            missed = own[0] / base[0] > TARGETS["p50"] or own[1] / base[1] > TARGETS["p99"]
+    print("pinned: loop on one processor, server and collector on another" if CAN_PIN else "")
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""The collector process: who starts it, when it ends, and what happens while it is not there."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowbuffer import MetricLogger, Settings
+from flowbuffer.collector import Collector
+from flowbuffer.collector_process import Shift
+from flowbuffer.errors import RetriableError, RunGoneError, UnauthorisedError
+from flowbuffer.settings import collector_environment
+from flowbuffer.spool.directory import ProducerDirectory, Spool
+from flowbuffer.spool.info import this_producer
+from flowbuffer.spool.producer import Producer
+from flowbuffer.testing import FakeTransport, ManualClock
+from support.backends import MlflowServer, history, make_run
+from support.collectors import collector_pid, end_collector
+from support.faults import FaultProxy, forward, reset
+from support.jobs import StartJob, Store
+from support.waiting import wait_until
+
+
+class Rig:
+    """A collector as the process has it, stepped by hand, with a clock to turn."""
+
+    def __init__(self, root: Path) -> None:
+        self.clock = ManualClock()
+        self.settings = Settings(spool_dir=root, linger_s=0)
+        self.spool = Spool(root)
+        self.transport = FakeTransport()
+        self.collector = Collector(
+            self.spool, self.settings, self.clock, lambda *_: self.transport, living=True
+        )
+        self.clock.turn(1.0)
+        self.shift = Shift(self.collector, self.clock, drain_timeout_s=100.0)
+        self.clock.turn(1.0)
+
+    def producer(self, delivery: str = "process") -> tuple[Producer, ProducerDirectory]:
+        now_ms = self.clock.now_ns() // 1_000_000
+        directory = self.spool.add_producer(
+            this_producer("run", "fake://", now_ms, delivery=delivery)
+        )
+        producer = Producer(directory, self.spool, self.settings, self.clock, lambda: None)
+        return producer, directory
+
+    def work(self, rounds: int = 5) -> bool:
+        """Step, as the process does; whether it would end."""
+        for _ in range(rounds):
+            self.collector.step()
+            self.clock.turn(0.25)
+        return self.shift.over
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path / "spool")
+
+
+def test_it_stays_while_a_producer_lives(rig: Rig) -> None:
+    """The collector serves living producers, and ends once they are gone and all is delivered."""
+    producer, directory = rig.producer()
+    producer.append("loss", 1.0)
+    assert not rig.work()
+    assert rig.transport.history("run", "loss") != []
+    assert not rig.work(1000)
+    producer.append("loss", 2.0)
+    directory.lock.release()  # it is killed
+    assert rig.work()
+    assert [value for *_, value in rig.transport.history("run", "loss")] == [1.0, 2.0]
+    assert list(rig.spool.folders()) == []
+
+
+def test_it_goes_on_alone_for_a_while(rig: Rig) -> None:
+    """With the server down it goes on for drain_timeout_s after the last producer, then leaves
+    the points in the spool."""
+    producer, directory = rig.producer()
+    rig.transport.decide = lambda _: RetriableError("down")
+    producer.append("loss", 1.0)
+    producer.close()
+    assert not rig.work()
+    directory.lock.release()
+    rig.clock.turn(90)
+    assert not rig.work()
+    rig.clock.turn(20)
+    assert rig.work()
+    assert list(rig.spool.folders()) == [directory.path]
+
+
+def test_it_does_not_wait_for_a_run_that_is_gone(rig: Rig) -> None:
+    """Points of a run that was deleted hold no collector, and stay."""
+    producer, directory = rig.producer()
+    rig.transport.decide = lambda _: RunGoneError("404")
+    producer.append("loss", 1.0)
+    assert not rig.work()
+    directory.lock.release()
+    assert rig.work()
+    assert list(rig.spool.folders()) == [directory.path]
+
+
+def test_others_folders_are_left_alone(rig: Rig) -> None:
+    """A living producer with delivery="thread", and one that is offline, are not served, and hold
+    no collector."""
+    thread, thread_directory = rig.producer("thread")
+    thread.append("thread", 1.0)
+    offline, offline_directory = rig.producer("offline")
+    offline.append("offline", 1.0)
+    assert rig.work()
+    offline_directory.lock.release()
+    assert rig.work(50)
+    assert rig.transport.rows == set()
+    thread_directory.lock.release()
+    assert rig.work()
+    assert rig.transport.history("run", "thread") != []
+    assert list(rig.spool.folders()) == [offline_directory.path]
+
+
+def test_refused_credentials_make_room(rig: Rig) -> None:
+    """A collector whose credentials are refused ends when a later producer, which may have others,
+    has come; not before."""
+    old, _old_directory = rig.producer()
+    rig.transport.decide = lambda _: UnauthorisedError("401")
+    old.append("loss", 1.0)
+    shift = Shift(rig.collector, rig.clock, 100.0)  # started by this producer
+    rig.work()
+    assert not shift.over
+    rig.producer()
+    rig.work()
+    assert shift.over
+
+
+def test_a_folder_that_is_delivered_elsewhere_holds_it(rig: Rig) -> None:
+    """While a process that waits delivers its own points, the collector stays for what follows."""
+    producer, directory = rig.producer()
+    producer.append("loss", 1.0)
+    claim = rig.spool.claim(directory.path, living=True)
+    assert claim is not None
+    assert not rig.work()
+    assert rig.collector.streams == []
+    claim.release()
+    assert not rig.work()
+    assert rig.transport.history("run", "loss") != []
+
+
+def test_what_travels_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Credentials and settings reach the collector by its environment; MLflow's retries and
+    batching, which would multiply ours, are off there."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    monkeypatch.setenv("AZUREML_RUN_ID", "job")
+    monkeypatch.setenv("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "5")
+    monkeypatch.setenv("FLOWBUFFER_LINGER_S", "7")
+    settings = Settings(spool_dir=tmp_path, linger_s=0.25, request_timeout_s=3)
+    environment = collector_environment(settings, "http://user:pw@host")
+    assert environment["MLFLOW_TRACKING_TOKEN"] == "secret"
+    assert environment["AZUREML_RUN_ID"] == "job"
+    assert environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    assert "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS" not in environment
+    assert "http://user:pw@host" in environment.values()
+    flowbuffers = {k: v for k, v in environment.items() if k.startswith("FLOWBUFFER_")}
+    assert Settings.from_env(flowbuffers) == settings
+
+
+# Real processes.
+
+PROCESS = {"FLOWBUFFER_DELIVERY": "process"}
+
+
+def test_one_for_all_that_log(start_job: StartJob, store: Store, tmp_path: Path) -> None:
+    """Four processes that begin at once have one collector, which is nobody's child and in a
+    session of its own; it delivers while they log, and is gone when they are."""
+    code = """
+    logger = MetricLogger(RUN)
+    say("ready")
+    key = hear()
+    for step in range(100):
+        logger.log_metric(key, -float(step), step=step)
+    say("logged")
+    hear()
+    """
+    jobs = [start_job(code, **PROCESS) for _ in range(4)]
+    for job in jobs:
+        job.expect("ready")
+    pid = collector_pid(tmp_path / "spool")
+    assert pid is not None
+    assert os.getsid(pid) not in {os.getsid(job.process.pid) for job in jobs}
+    for number, job in enumerate(jobs):
+        job.tell(f"job{number}")
+    for job in jobs:
+        job.expect("logged")
+    expected = [-float(step) for step in range(100)]
+    for number in range(4):
+        wait_until(lambda: store.values(f"job{number}") == expected)  # noqa: B023
+    assert collector_pid(tmp_path / "spool") == pid
+    status = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True)
+    assert int(status.stdout) not in {job.process.pid for job in jobs}
+    for job in jobs:
+        job.tell("end")
+        ended = job.end()
+        assert ended.status == 0, ended.err
+        assert ended.err == ""
+    wait_until(lambda: collector_pid(tmp_path / "spool") is None)
+
+
+def test_a_dead_collector_is_replaced(start_job: StartJob, store: Store, tmp_path: Path) -> None:
+    """A job that only logs, and never waits, gets a new collector when its own is killed."""
+    job = start_job(
+        """
+        logger = MetricLogger(RUN)
+        logger.log_metric("before", 1.0)
+        say("first")
+        hear()
+        logger.log_metric("after", 1.0)
+        say("second")
+        hear()
+        """,
+        **PROCESS,
+    )
+    job.expect("first")
+    wait_until(lambda: store.values("before"))
+    pid = collector_pid(tmp_path / "spool")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    job.tell("go on")
+    job.expect("second")
+    wait_until(lambda: store.values("after"))
+    assert collector_pid(tmp_path / "spool") not in (None, pid)
+    job.tell("end")
+    assert job.end().status == 0
+
+
+def test_whoever_waits_needs_no_collector(
+    sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no process can be started, that is said once, and waiting delivers all the same."""
+    monkeypatch.setattr("flowbuffer.launcher._COMMAND", ("/nonexistent/python",))
+    run_id = make_run(sqlite_uri)
+    settings = Settings.from_env(delivery="process")
+    logger = MetricLogger(run_id, tracking_uri=sqlite_uri, settings=settings)
+    for step in range(10):
+        logger.log_metric("loss", -float(step), step).wait(30)
+    assert logger.flush(30).pending == 0
+    assert logger.close().delivered == 10
+    assert [m.value for m in history(sqlite_uri, run_id, "loss")] == [-float(s) for s in range(10)]
+    assert len([r for r in caplog.records if "no collector process" in r.getMessage()]) == 1
+
+
+def test_the_server_is_down_at_the_end(
+    start_job: StartJob, server_sqlite: MlflowServer, tmp_path: Path
+) -> None:
+    """A job whose server is down ends within shutdown_timeout_s, says what is left, and the
+    collector delivers it once the server is there (P7)."""
+    run_id = make_run(server_sqlite.uri)
+    with FaultProxy(server_sqlite.uri, reset) as proxy:
+        job = start_job(
+            f"""
+            logger = MetricLogger({run_id!r})
+            for step in range(1000):
+                logger.log_metric("loss", -float(step), step)
+            """,
+            proxy.uri,
+            FLOWBUFFER_SHUTDOWN_TIMEOUT_S="1",
+            **PROCESS,
+        )
+        ended = job.end()
+        assert ended.status == 0
+        assert "1000 points" in ended.err
+        assert "flowbuffer sync --spool" in ended.err
+        assert "the collector process goes on" in ended.err
+        proxy.always(forward)
+        wait_until(lambda: collector_pid(tmp_path / "spool") is None, timeout_s=60)
+    assert [m.value for m in history(server_sqlite.uri, run_id, "loss")] == [
+        -float(step) for step in range(1000)
+    ]
+
+
+def test_it_imports_no_training_framework(
+    start_job: StartJob, store: Store, tmp_path: Path
+) -> None:
+    """What the training code has imported, or has beside it, is not imported by the collector."""
+    (tmp_path / "torch.py").write_text("open('imported', 'w').close()")
+    job = start_job(
+        """
+        import torch
+        os.unlink("imported")
+        logger = MetricLogger(RUN)
+        logger.log_metric("loss", 1.0)
+        say("logged")
+        hear()
+        """,
+        **PROCESS,
+    )
+    job.expect("logged")
+    wait_until(lambda: store.values())
+    assert not list(tmp_path.rglob("imported"))
+    end_collector(tmp_path / "spool")
+    job.tell("end")
+    assert job.end().status == 0
+
+
+def test_the_command_that_starts_it() -> None:
+    """Started by hand and without a spool, the module says how it is used."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flowbuffer.collector_process"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "flowbuffer sync" in done.stderr
