@@ -10,6 +10,10 @@ from typing import Protocol
 class Event(Protocol):
     """What a clock can wait on; :class:`threading.Event` is one."""
 
+    def set(self) -> None: ...
+
+    def clear(self) -> None: ...
+
     def wait(self, timeout: float | None = None) -> bool: ...
 
 

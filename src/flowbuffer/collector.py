@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from flowbuffer.clock import SYSTEM_CLOCK, Clock
+from flowbuffer.clock import SYSTEM_CLOCK, Clock, Event
 from flowbuffer.errors import SpoolError
 from flowbuffer.sender import Sender, Source
 from flowbuffer.settings import Settings
@@ -96,6 +96,7 @@ class Collector:
         destinations: Of the folders that are found in the spool.
         living: Take the folders of living producers, too, if their setting is
             ``delivery="process"``.
+        wake: Ends a wait between two steps.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Collector:
         destinations: Destinations = as_logged,
         *,
         living: bool = False,
+        wake: Event | None = None,
     ) -> None:
         self.spool = spool
         self.streams: list[Stream] = []
@@ -122,7 +124,7 @@ class Collector:
         self._left: set[Path] = set()  # folders to be left alone
         self._look_at_s = self._sweep_at_s = -math.inf
         self._quiet_since_s = clock.monotonic_s()
-        self._wake = threading.Event()
+        self._wake = wake or threading.Event()
         self._step_lock = threading.RLock()
         self._thread: threading.Thread | None = None
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import select
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from flowbuffer.clock import SYSTEM_CLOCK, Clock
 from flowbuffer.collector import Collector, is_served
 from flowbuffer.delivery_client import warm_up
 from flowbuffer.errors import FlowbufferError, UnauthorisedError
-from flowbuffer.launcher import collector_lock
+from flowbuffer.launcher import WAKE_SIGNAL, collector_lock
 from flowbuffer.settings import Settings, handed_on_uri
 from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.files import FileLock
@@ -73,6 +75,36 @@ class Shift:
         )
 
 
+class WakeUp:
+    """An event that a signal sets, too, without a lock that its handler could find taken."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self._reads, self._writes = os.pipe()
+        os.set_blocking(self._reads, False)
+        os.set_blocking(self._writes, False)
+        signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
+        signal.signal(number, lambda *_: None)
+
+    def set(self) -> None:
+        """End the wait, or the next one."""
+        try:
+            os.write(self._writes, b".")
+        except BlockingIOError:
+            pass  # it is set, many times over
+
+    def clear(self) -> None:
+        """Wait again."""
+        try:
+            while os.read(self._reads, 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is set (True), or for ``timeout`` seconds (False)."""
+        return bool(select.select([self._reads], [], [], timeout)[0])
+
+
 def main() -> None:
     """What the process does, from its start to its end."""
     if len(sys.argv) != 3:
@@ -84,20 +116,21 @@ def main() -> None:
     lock: FileLock | None = FileLock(descriptor)
     os.umask(0o077)
     logging.basicConfig(format=f"%(asctime)s [{os.getpid()}] %(message)s", level=logging.WARNING)
+    wake = WakeUp(WAKE_SIGNAL)
     settings = Settings.from_env()
     spool = Spool(root)
     while lock is not None:
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, str(os.getpid()).encode(), 0)
-        _serve(spool, settings)
+        _serve(spool, settings, wake)
         lock.release()
         # Whoever came while the lock was held relied on this process.
         newcomer = any(map(is_served, spool.folders()))
         lock = FileLock.take(collector_lock(root)) if newcomer else None
 
 
-def _serve(spool: Spool, settings: Settings) -> None:
-    collector = Collector(spool, settings, SYSTEM_CLOCK, living=True)
+def _serve(spool: Spool, settings: Settings, wake: WakeUp) -> None:
+    collector = Collector(spool, settings, SYSTEM_CLOCK, living=True, wake=wake)
     uri = handed_on_uri()
     if uri is not None:
         collector.know(uri)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.launcher import launcher_of
+from flowbuffer.launcher import launcher_of, wake_collector
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.states import park
@@ -136,6 +136,8 @@ class DeliveryByProcess:
             self._look_at_s = now_s + _LOOK_EVERY_S
             self._launcher.ensure()
             self._here = collector.add(self._folder, self._uri)
+            if self._here is None:
+                wake_collector(self.spool.root)
         if self._here is not None:
             self._here.until_s = now_s + _HERE_FOR_S
             collector.start()

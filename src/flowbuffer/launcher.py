@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.settings import Settings, collector_environment
-from flowbuffer.spool.files import FileLock, open_file
+from flowbuffer.spool.files import FileLock, open_file, read_file
 
 _log = logging.getLogger("flowbuffer")
 
@@ -32,6 +33,18 @@ _COMMAND = (sys.executable, "-m", "flowbuffer.collector_process")
 def collector_lock(root: Path) -> Path:
     """The file that the collector process of a spool holds locked; its content is its pid."""
     return root / "collector.lock"
+
+
+#: Has a collector look at the spool now. Whoever else gets it ignores it: that is its default.
+WAKE_SIGNAL = signal.SIGURG
+
+
+def wake_collector(root: Path) -> None:
+    """Have the collector process of a spool, if there is one, look at it now."""
+    try:
+        os.kill(int(read_file(collector_lock(root), limit=20)), WAKE_SIGNAL)
+    except (OSError, ValueError):
+        pass  # none yet, or none any more
 
 
 class Launcher:

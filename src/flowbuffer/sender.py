@@ -158,6 +158,7 @@ class Sender:
         self._note()
         if read or not self._outcomes.empty():
             return 0.0
+        hurry = hurry or any(source.reader.finished for source in self._live())
         if hurry and any(source.reader.has_unripe for source in self._live()):
             return 0.001
         return next_s

@@ -127,10 +127,12 @@ class Reader:
         segment = self._reading() or self._open_next()
         if segment is None:
             return None
-        end = self._readable_end(segment, limit)
-        if end == segment.next_slot:
-            return None
-        return self._block(segment, np.arange(segment.next_slot, end, dtype=np.int32), end, limit)
+        while (end := self._readable_end(segment, limit)) != segment.next_slot:
+            slots = np.arange(segment.next_slot, end, dtype=np.int32)
+            block = self._block(segment, slots, end, limit)
+            if block is not None:
+                return block  # else all of them are void
+        return None
 
     def mark(
         self, segment_number: int, slots: NDArray[np.int32], *, rejected: bool = False
