@@ -203,16 +203,20 @@ class Collector:
         if now_s >= self._sweep_at_s:
             self._sweep_at_s = now_s + ADOPT_EVERY_S
             self.spool.sweep()
-        own = {stream.claim.path for stream in self.streams}
-        for folder in self.spool.folders():
-            if folder in own or folder in self._left:
-                continue
+        for folder in self.not_served():
             try:
                 self._take(folder)
             except Exception as error:
                 if folder.exists():  # else it is delivered, and removed by another process
                     self._left.add(folder)
                     _log.warning("%s is left alone: %s", folder, error)
+
+    def not_served(self) -> list[Path]:
+        """The folders of the spool that are not, and need not be, left alone."""
+        found = list(self.spool.folders())
+        self._left.intersection_update(found)
+        own = {stream.claim.path for stream in self.streams}
+        return [folder for folder in found if folder not in own and folder not in self._left]
 
     def forget_after_fork(self) -> None:
         """In a forked child: the thread is gone, and locks may be held by nobody."""
@@ -224,6 +228,7 @@ class Collector:
         info = read_info(folder)
         destination = self._destinations(info)
         if destination is None:
+            self._left.add(folder)
             return
         claim = self.spool.claim(folder, living=self._living and info.delivery == "process")
         if claim is not None:

@@ -48,7 +48,8 @@ class Shift:
         if self._superseded():
             return True
         streams = self._collector.streams
-        if any(not stream.reader.finished for stream in streams) or self.wanted_elsewhere():
+        served = any(not stream.reader.finished for stream in streams)
+        if served or any(map(is_served, self._collector.not_served())):
             self._alone_since_s = None
             return False
         now_s = self._clock.monotonic_s()
@@ -56,13 +57,6 @@ class Shift:
             self._alone_since_s = now_s
         waiting = any(not stream.sender.gone for stream in streams)
         return not waiting or now_s - self._alone_since_s >= self._drain_timeout_s
-
-    def wanted_elsewhere(self) -> bool:
-        """Whether a producer lives whose folder this collector does not have (yet)."""
-        own = {stream.claim.path for stream in self._collector.streams}
-        return any(
-            is_served(folder) for folder in self._collector.spool.folders() if folder not in own
-        )
 
     def _superseded(self) -> bool:
         """The credentials of this process are refused, and a producer that came later may have

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,10 +10,12 @@ from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.launcher import launcher_of, wake_collector
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool, has_producer
-from flowbuffer.spool.states import park
+from flowbuffer.spool.states import delivery_note, park, parked_reason
 
 if TYPE_CHECKING:
     from flowbuffer.collector import Collector, Stream
+
+_log = logging.getLogger("flowbuffer")
 
 #: A process that waits for its points, and delivers them itself as nobody else does, goes on with
 #: that for so long after it last waited, in s.
@@ -115,13 +118,14 @@ class DeliveryByProcess:
         self._folder: Path | None = None
         self._here: Stream | None = None
         self._look_at_s = 0.0
+        self._told = False
         self.goes_on = (
             f"the collector process goes on for up to {settings.drain_timeout_s:g} s, or "
         )
 
     def begin(self, folder: Path) -> None:
         self._folder = folder
-        self._launcher.join()
+        self._launcher.join(self._tell)
 
     def push(self) -> None:
         from flowbuffer.collector import collector_of
@@ -146,13 +150,34 @@ class DeliveryByProcess:
             collector.hurry()
 
     def end(self) -> None:
-        self._launcher.leave()
+        self._launcher.leave(self._tell)
+
+    def _tell(self) -> None:
+        """Repeat here what goes wrong in the collector process, once."""
+        assert self._folder is not None
+        error = last_error(self._folder)
+        if bool(error) != self._told:
+            self._told = bool(error)
+            said = f"is held up, and the points are safe in the spool: {error}"
+            _log.warning("delivery %s", said if error else "goes on")
 
     def is_idle(self) -> bool:
         return True
 
     def left_by_dead(self, run_id: str) -> list[Path]:
         return [folder for folder in self.spool.folders(run_id) if not has_producer(folder)]
+
+
+def last_error(folder: Path) -> str:
+    """What keeps a producer's points from delivery, and what to do; empty if nothing does."""
+    note = delivery_note(folder)
+    error = parked_reason(folder) or str(note.get("last_error", ""))
+    if note.get("unauthorised"):
+        error += (
+            " (the collector process has the credentials of the environment; where they exist only "
+            "in the process that logs, set FLOWBUFFER_DELIVERY=thread)"
+        )
+    return error
 
 
 def delivery_of(settings: Settings, tracking_uri: str) -> Delivery:

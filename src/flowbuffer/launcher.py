@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK
@@ -60,7 +61,7 @@ class Launcher:
         self._root = root
         self._settings = settings
         self._uri = tracking_uri
-        self._users = 0
+        self._users: list[Callable[[], None]] = []
         self._thread: threading.Thread | None = None
         self._users_changed = threading.Event()
         self._lock = threading.Lock()
@@ -69,11 +70,15 @@ class Launcher:
         self._told = False
         self._starter: subprocess.Popen[bytes] | None = None  # forks off the collector and ends
 
-    def join(self) -> None:
-        """Someone logs: have a collector until :meth:`leave`."""
+    def join(self, tend: Callable[[], None]) -> None:
+        """Someone logs: have a collector until :meth:`leave`.
+
+        Args:
+            tend: Called every now and then, as long as the collector is looked after.
+        """
         self.ensure()
         with self._lock:
-            self._users += 1
+            self._users.append(tend)
             self._users_changed.set()
             if self._thread is None:
                 thread = threading.Thread(target=self._watch, name="flowbuffer-watch", daemon=True)
@@ -83,10 +88,10 @@ class Launcher:
                 except RuntimeError:
                     pass  # the interpreter is ending: whoever waits looks by itself
 
-    def leave(self) -> None:
+    def leave(self, tend: Callable[[], None]) -> None:
         """Someone logs no more."""
         with self._lock:
-            self._users -= 1
+            self._users.remove(tend)
             self._reap()
 
     def ensure(self) -> None:
@@ -150,8 +155,11 @@ class Launcher:
         while True:
             self._users_changed.wait(CHECK_EVERY_S if self._users else None)
             self._users_changed.clear()
-            if self._users:
+            users = list(self._users)
+            if users:
                 self.ensure()
+            for tend in users:
+                tend()
 
 
 _launchers: dict[tuple[Path, Settings], Launcher] = {}

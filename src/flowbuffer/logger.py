@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flowbuffer import job_end
 from flowbuffer.active_run import end_run, find_run
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.delivery import Delivery, DeliveryByProcess, DeliveryHere, delivery_of
+from flowbuffer.delivery import Delivery, DeliveryByProcess, DeliveryHere, delivery_of, last_error
 from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.handle import Handle
 from flowbuffer.report import Progress, Report, Stats
@@ -369,12 +369,12 @@ class MetricLogger:
 
     def _tell(self, report: Report, *, waited: bool) -> None:
         """The last words: what was left, and what was lost."""
-        delivery = self._delivery
-        if delivery is None:
+        producer, delivery = self._producer, self._delivery
+        if delivery is None or not isinstance(producer, Producer):
             return
         root = delivery.spool.root
         if report.pending and waited:
-            error = self._last_error()
+            error = last_error(producer.directory.path)
             job_end.tell(
                 f"{report.pending} points of run {self._run_id} are not delivered yet"
                 + (f" ({error})" if error else "")
@@ -388,11 +388,6 @@ class MetricLogger:
                 + (f", {dropped}" if dropped else "")
                 + (f"; see: flowbuffer rejected --spool {root}" if report.rejected else "")
             )
-
-    def _last_error(self) -> str:
-        assert isinstance(self._producer, Producer)
-        folder = self._producer.directory.path
-        return parked_reason(folder) or delivery_note(folder).get("last_error", "")
 
     def _wait(self, until: Callable[[], bool], deadline_s: float | None, *, progress: bool) -> None:
         delivery = self._delivery

@@ -332,6 +332,7 @@ class Sender:
                 {
                     "retries": self.retries,
                     "last_error": "" if self.failure is None else self.failure.reason,
+                    "unauthorised": isinstance(self.failure, UnauthorisedError),
                     "ties_moved": source.ties.moved,
                     "ties_moved_most_ms": source.ties.moved_most_ms,
                 }
