@@ -122,6 +122,7 @@ class Collector:
         self._uris: dict[str, str] = {}  # with credentials, by the URI without
         self._broken: set[Sender] = set()
         self._left: set[Path] = set()  # folders to be left alone
+        self._infos: dict[Path, ProducerInfo] = {}  # of folders that others deliver, so far
         self._look_at_s = self._sweep_at_s = -math.inf
         self._quiet_since_s = clock.monotonic_s()
         self._wake = wake or threading.Event()
@@ -215,6 +216,7 @@ class Collector:
         """The folders of the spool that are not, and need not be, left alone."""
         found = list(self.spool.folders())
         self._left.intersection_update(found)
+        self._infos = {folder: self._infos[folder] for folder in found if folder in self._infos}
         own = {stream.claim.path for stream in self.streams}
         return [folder for folder in found if folder not in own and folder not in self._left]
 
@@ -225,10 +227,11 @@ class Collector:
         self._thread = None
 
     def _take(self, folder: Path) -> None:
-        info = read_info(folder)
+        info = self._infos.get(folder)
+        if info is None:
+            info = self._infos[folder] = read_info(folder)
         destination = self._destinations(info)
         if destination is None:
-            self._left.add(folder)
             return
         claim = self.spool.claim(folder, living=self._living and info.delivery == "process")
         if claim is not None:
