@@ -7,33 +7,23 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flowbuffer import job_end
 from flowbuffer.active_run import end_run, find_run
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.delivery import Delivery, DeliveryByProcess, DeliveryHere, delivery_of, last_error
+from flowbuffer.delivery import Delivery, DeliveryByProcess, DeliveryHere, delivery_of
 from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.handle import Handle
+from flowbuffer.ledger import Ledger, is_over
 from flowbuffer.report import Progress, Report, Stats
 from flowbuffer.settings import Settings, environment_experiment, environment_place
 from flowbuffer.spool.points import Number
 from flowbuffer.spool.producer import Places, Producer
-from flowbuffer.spool.states import (
-    Tally,
-    Waiting,
-    delivery_note,
-    is_settled,
-    last_barrier,
-    parked_reason,
-    tally,
-    want,
-)
+from flowbuffer.spool.states import Waiting, parked_reason, want
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -85,7 +75,7 @@ class MetricLogger:
         self._invalid = 0
         self._delivery: Delivery | None = None
         self._producer: Producer | PassThrough | Silence | None = None
-        self._tally = Tally()
+        self._ledger: Ledger | None = None
         _loggers.add(self)
         self._open()
 
@@ -173,21 +163,8 @@ class MetricLogger:
 
     def stats(self) -> Stats:
         """The counts of this logger, and how delivery is doing."""
-        producer, delivery = self._producer, self._delivery
         counts = self._counts()
-        if delivery is None or not isinstance(producer, Producer):
-            return Stats(**counts)
-        oldest_ms = self._tally.oldest_ms
-        note = delivery_note(producer.directory.path)
-        return Stats(
-            **counts,
-            lag_s=0 if oldest_ms is None else max(SYSTEM_CLOCK.now_ns() / 1e9 - oldest_ms / 1e3, 0),
-            backlog_bytes=delivery.spool.used_bytes(),
-            ties_moved=note.get("ties_moved", 0),
-            ties_moved_most_ms=note.get("ties_moved_most_ms", 0),
-            retries=note.get("retries", 0),
-            last_error=note.get("last_error", ""),
-        )
+        return Stats(**counts, **(self._ledger.stats() if self._ledger is not None else {}))
 
     def close(self, timeout: float | None = None) -> Report:
         """Flush, then stop; the logger takes no more points. Closing again waits again.
@@ -231,7 +208,7 @@ class MetricLogger:
             self._flush(timeout, progress=True)
         if self._delivery is not None:
             left = self._delivery.left_by_dead(self._run_id)
-            self._wait(lambda: all(map(_is_over, left)), start_s + timeout, progress=True)
+            self._wait(lambda: all(map(is_over, left)), start_s + timeout, progress=True)
 
     def close_at_end(self, timeout: float) -> None:
         """Close at the end of the job."""
@@ -263,6 +240,7 @@ class MetricLogger:
                 directory, delivery.spool, settings, SYSTEM_CLOCK, delivery.push, self._stored_key
             )
             delivery.begin(directory.path)
+            self._ledger = Ledger(producer, delivery)
             self._use(producer)
         job_end.watch(self)
 
@@ -344,17 +322,17 @@ class MetricLogger:
             again, self._ended = self._ended, True
         start_s = time.monotonic()
         deadline_s = start_s + (self._settings.shutdown_timeout_s if timeout is None else timeout)
-        producer, delivery = self._producer, self._delivery
-        if isinstance(producer, Producer) and delivery is not None:
-            folder = producer.directory.path
+        producer, delivery, ledger = self._producer, self._delivery, self._ledger
+        if isinstance(producer, Producer) and delivery is not None and ledger is not None:
+            producer.stop()
+            ledger.counts()  # while the folder is there
             producer.close(failed=status != "FINISHED")
-            self._tally = tally(folder) or self._tally
             self._hurry_to(producer)
             if wait:
-                self._wait(lambda: _is_let_go(folder), deadline_s, progress=progress)
+                self._wait(ledger.is_let_go, deadline_s, progress=progress)
                 # What dead producers left is worth waiting for while it gets somewhere.
                 self._wait(delivery.is_idle, deadline_s, progress=progress)
-            if not _is_there(folder):
+            if not ledger.is_there():
                 producer.directory.lock.release()
             if not again:
                 delivery.end()
@@ -362,32 +340,12 @@ class MetricLogger:
         report = Report(**self._counts(), seconds=time.monotonic() - start_s)
         if not again:
             job_end.unwatch(self)
-            self._tell(report, waited=wait)
+            if ledger is not None:
+                for words in ledger.last_words(report, waited=wait):
+                    job_end.tell(words)
             if self._owns_run:
                 end_run(self._run_id, self._uri, status)
         return report
-
-    def _tell(self, report: Report, *, waited: bool) -> None:
-        """The last words: what was left, and what was lost."""
-        producer, delivery = self._producer, self._delivery
-        if delivery is None or not isinstance(producer, Producer):
-            return
-        root = delivery.spool.root
-        if report.pending and waited:
-            error = last_error(producer.directory.path)
-            job_end.tell(
-                f"{report.pending} points of run {self._run_id} are not delivered yet"
-                + (f" ({error})" if error else "")
-                + f". They are safe in {root}; {delivery.goes_on}deliver them with: "
-                f"flowbuffer sync --spool {root}"
-            )
-        if report.rejected or any(report.dropped.values()):
-            dropped = ", ".join(f"{count} dropped ({why})" for why, count in report.dropped.items())
-            job_end.tell(
-                f"run {self._run_id}: {report.rejected} points rejected"
-                + (f", {dropped}" if dropped else "")
-                + (f"; see: flowbuffer rejected --spool {root}" if report.rejected else "")
-            )
 
     def _wait(self, until: Callable[[], bool], deadline_s: float | None, *, progress: bool) -> None:
         delivery = self._delivery
@@ -409,24 +367,13 @@ class MetricLogger:
         shown.close()
 
     def _counts(self) -> dict[str, Any]:
-        producer = self._producer
-        dropped: Counter[str] = Counter()
-        if producer is not None:
-            dropped.update(producer.dropped)
+        if self._ledger is None:
+            counts: dict[str, Any] = {"delivered": getattr(self._producer, "stored", 0)}
+        else:
+            counts = self._ledger.counts()
         if self._invalid:
-            dropped["invalid"] = self._invalid
-        if not isinstance(producer, Producer):
-            return {"delivered": getattr(producer, "stored", 0), "dropped": dict(dropped)}
-        found, before = tally(producer.directory.path), self._tally
-        if found is None:  # all of it is delivered, and the folder is gone
-            found = Tally(delivered=before.delivered + before.pending, rejected=before.rejected)
-        self._tally = found
-        return {
-            "delivered": found.delivered,
-            "rejected": found.rejected,
-            "pending": found.pending,
-            "dropped": dict(dropped),
-        }
+            counts["dropped"] = {**counts.get("dropped", {}), "invalid": self._invalid}
+        return counts
 
     # After a fork the child is another process: its first call makes it a producer of its own.
 
@@ -435,8 +382,7 @@ class MetricLogger:
         self._owns_run = False
         if isinstance(self._producer, Producer):
             self._producer.abandon()
-        self._producer = self._delivery = None
-        self._tally = Tally()
+        self._producer = self._delivery = self._ledger = None
         self._invalid = 0
         if not self._ended:
             self._append = self._reopening("_append")
@@ -468,20 +414,6 @@ def _refuse(*_: Any) -> Any:
 
 def _unpickled(run_id: str, tracking_uri: str, settings: Settings) -> MetricLogger:
     return MetricLogger(run_id, tracking_uri=tracking_uri, settings=settings)
-
-
-def _is_there(folder: Path) -> bool:
-    """Whether a collector still has something to do with a closed producer's folder."""
-    return folder.exists() and not delivery_note(folder).get("done")
-
-
-def _is_let_go(folder: Path) -> bool:
-    """Whether waiting for a closed producer's points is over, or in vain."""
-    return not _is_there(folder) or parked_reason(folder) is not None
-
-
-def _is_over(folder: Path) -> bool:
-    return is_settled(folder, last_barrier(folder)) or parked_reason(folder) is not None
 
 
 _loggers: weakref.WeakSet[MetricLogger] = weakref.WeakSet()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +13,6 @@ _MAX_BATCH = 1000
 
 class Silence:
     """A process of a distributed job that does not log (the setting ``ranks``)."""
-
-    def __init__(self) -> None:
-        self.dropped: Counter[str] = Counter()
 
     def append(self, *_: Any) -> Places:
         """Nothing."""
@@ -35,7 +31,6 @@ class PassThrough:
     ) -> None:
         from mlflow.tracking import MlflowClient
 
-        self.dropped: Counter[str] = Counter()
         self.stored = 0
         self._run_id = run_id
         self._stored_key = stored_key

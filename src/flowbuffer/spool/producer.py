@@ -9,14 +9,13 @@ is how a thread learns that it is time for the next segment.
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flowbuffer.clock import Clock
 from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolFull
@@ -32,6 +31,8 @@ from flowbuffer.spool.points import (
     checked_timestamp,
     checked_value,
 )
+from flowbuffer.spool.room import Room
+from flowbuffer.spool.segments import new_segment, sync_directory
 
 #: The first segment is small, so that a short job takes little; the others hold 64 Ki points.
 FIRST_SEGMENT_SLOTS = 4096
@@ -40,12 +41,7 @@ SEGMENT_SLOTS = 65536
 #: A journal longer than this, in bytes, ends its segment.
 _LONG_JOURNAL = 64 << 20
 
-#: ``MADV_POPULATE_WRITE`` (Linux 5.14): take the page faults of a segment at once.
-_POPULATE_WRITE = 23
-
 _pack_into = SLOT.pack_into
-
-T = TypeVar("T")
 
 
 class Segment:
@@ -96,10 +92,7 @@ class Producer:
         segment_slots: tuple[int, int] = (FIRST_SEGMENT_SLOTS, SEGMENT_SLOTS),
     ) -> None:
         self.directory = directory
-        self.dropped: Counter[str] = Counter()
-        self._spool = spool
-        self._settings = settings
-        self._clock = clock
+        self._room = Room(spool, settings, clock, hurry)
         self._now_ns = clock.now_ns
         self._hurry = hurry
         self._stored_key = stored_key
@@ -109,10 +102,8 @@ class Producer:
         most = max(settings.max_spool_bytes // 4 // SLOT_SIZE, 1)
         self._segment_slots = [min(slots, most) for slots in segment_slots]
         self._lock = threading.RLock()  # a signal handler may flush while this thread holds it
-        self._end: tuple[int, int] | None = None  # the last barrier, once closed
-        self._full_until_s = float("-inf")
-        self._full_because = ""
-        self._allowance_bytes = 0
+        self._end: tuple[int, int] | None = None  # the last barrier, once stopped
+        self._last_buffer: Any = None
         self._power = settings.durability == "power"
         self._key_ids: dict[str, int] = {}
         self._keys = self._open("keys")
@@ -127,7 +118,12 @@ class Producer:
         )
         if self._power:
             for folder in (directory.path, directory.path.parent, spool.root):
-                _sync_directory(folder)
+                sync_directory(folder)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Points for which there was no room, by reason."""
+        return self._room.dropped
 
     # The three calls. Everything that can fail comes before the reservation.
 
@@ -273,26 +269,33 @@ class Producer:
             buffer[offset + STATE_OFFSET] = VOID
         return segment.number, offset
 
+    def stop(self) -> None:
+        """Take no more points. The folder stays until :meth:`close`, delivered or not."""
+        with self._lock:
+            if self._end is None:
+                self._end = self.barrier()
+                _, self._last_buffer, segment = self._current
+                self._current = (itertools.count().__next__, bytearray(), segment)
+                os.close(self._keys)
+                self._close_journal()
+
     def close(self, *, failed: bool = False) -> None:
-        """Take no more points. What was logged stays for whoever delivers it.
+        """Stop, and leave the folder to whoever delivers it, and deletes it then.
 
         Args:
             failed: The job did not end well.
         """
-        with self._lock:
-            if self._end is not None:
-                return
-            self._end = self.barrier()
-            _, buffer, segment = self._current
-            if segment.path.exists():
-                outcome = layout.FAILED if failed else layout.FINISHED
-                slots = (self._end[1] - layout.SEGMENT_HEADER_SIZE) // SLOT_SIZE
-                layout.CLOSED.pack_into(buffer, layout.CLOSED_OFFSET, 1 + slots, outcome)
-            else:
-                self.directory.lock.release()  # nothing was logged, or all of it is delivered
-            self._current = (itertools.count().__next__, bytearray(), segment)
-            os.close(self._keys)
-            self._close_journal()
+        self.stop()
+        assert self._end is not None
+        buffer, self._last_buffer = self._last_buffer, None
+        if buffer is None:
+            return  # closed before
+        if self._current[2].path.exists():
+            outcome = layout.FAILED if failed else layout.FINISHED
+            slots = (self._end[1] - layout.SEGMENT_HEADER_SIZE) // SLOT_SIZE
+            layout.CLOSED.pack_into(buffer, layout.CLOSED_OFFSET, 1 + slots, outcome)
+        else:
+            self.directory.lock.release()  # nothing was logged, or all of it is delivered
 
     def abandon(self) -> None:
         """In a forked child: close what was inherited; the parent goes on writing."""
@@ -305,9 +308,7 @@ class Producer:
     def _add_key(self, key: Any, points: int = 1) -> bool:
         """Give a key its id; False if its ``points`` were dropped because the disk is full."""
         stored = checked_key(self._stored_key(checked_key(key)))
-        return (
-            self._when_there_is_room(lambda: self._write_key(str(key), stored), points) is not None
-        )
+        return self._room.wait_for(lambda: self._write_key(str(key), stored), points) is not None
 
     def _write_key(self, key: str, stored: str) -> int:
         with self._lock:
@@ -338,7 +339,7 @@ class Producer:
             if isinstance(error, struct.error):
                 checked_step(step)
             raise error
-        return self._when_there_is_room(lambda: self._advance(segment), points) is not None
+        return self._room.wait_for(lambda: self._advance(segment), points) is not None
 
     def _advance(self, full: Segment) -> Segment:
         """Go on to the segment after ``full``, unless another thread did; the current one."""
@@ -356,29 +357,9 @@ class Producer:
 
     def _next_segment(self, number: int) -> tuple[Callable[[], int], Any, Segment]:
         slots = self._segment_slots[number > 0]
-        size = layout.segment_size(slots)
-        self._check_allowance(size)
+        self._room.take(layout.segment_size(slots))
         path = self._path(number, "slots")
-        unborn = path.with_suffix(".new")
-        try:
-            descriptor = open_file(unborn, os.O_RDWR | os.O_CREAT)
-            try:
-                _reserve_blocks(descriptor, size)
-                os.pwrite(descriptor, layout.segment_header(number, slots), 0)
-                buffer = mmap.mmap(descriptor, size)
-                unborn.rename(path)  # the reader finds it whole, or not at all
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            unborn.unlink(missing_ok=True)
-            raise SpoolFull(f"no room for a segment of {size} bytes at {path}: {error}") from error
-        try:
-            buffer.madvise(_POPULATE_WRITE)
-        except (AttributeError, OSError, ValueError):
-            pass  # another system; the first store to each page takes its fault
-        if self._power:
-            buffer.flush()
-            _sync_directory(self.directory.path)
+        buffer = new_segment(path, number, slots, durable=self._power)
         reserve = itertools.count(layout.SEGMENT_HEADER_SIZE, SLOT_SIZE).__next__
         return reserve, buffer, Segment(path, number, self._hurry)
 
@@ -386,7 +367,7 @@ class Producer:
         """Store a journal frame and the slot that points to it."""
         while True:
             time = self._now_ns()
-            written = self._when_there_is_room(lambda: self._write_journal(frame), points)
+            written = self._room.wait_for(lambda: self._write_journal(frame), points)
             if written is None:
                 return _DROPPED
             reserve, buffer, segment, position = written
@@ -406,7 +387,7 @@ class Producer:
             self._check_open()
             if self._current[2].number < 0 or self._journal_bytes > self._journal_limit:
                 self._advance(self._current[2])
-            self._check_allowance(len(frame))
+            self._room.take(len(frame))
             reserve, buffer, segment = self._current
             if self._journal < 0:
                 self._journal = self._open(self._path(segment.number, "journal").name)
@@ -429,43 +410,6 @@ class Producer:
             folder = self.directory.path
             raise SpoolFull(f"no room for {len(content)} bytes in {folder}: {error}") from error
 
-    def _when_there_is_room(self, write: Callable[[], T], points: int) -> T | None:
-        """What ``write`` returns, called as ``when_full`` says; None if ``points`` were dropped."""
-        settings, clock = self._settings, self._clock
-        deadline_s = clock.monotonic_s() + settings.block_timeout_s
-        while True:
-            try:
-                if clock.monotonic_s() < self._full_until_s and settings.when_full != "block":
-                    raise SpoolFull(self._full_because)  # a moment ago, and probably still
-                return write()
-            except SpoolFull as error:
-                now_s = clock.monotonic_s()
-                self._full_until_s, self._full_because = now_s + 0.02, str(error)
-                self._hurry()
-                if settings.when_full == "drop_newest":
-                    with self._lock:
-                        self.dropped["spool_full"] += points
-                    return None
-                if settings.when_full == "raise":
-                    raise
-                if now_s >= deadline_s:
-                    raise SpoolFull(
-                        f"{error} (waited {settings.block_timeout_s:g} s, block_timeout_s)"
-                    ) from error
-            clock.sleep(0.01)
-
-    def _check_allowance(self, size: int) -> None:
-        """Refuse what would make the spool larger than it may be; the spool is measured seldom."""
-        if size > self._allowance_bytes:
-            room = self._settings.max_spool_bytes - self._spool.used_bytes()
-            if size > room:
-                raise SpoolFull(
-                    f"the spool {self._spool.root} is full: max_spool_bytes is "
-                    f"{self._settings.max_spool_bytes}, and what it holds is not delivered yet"
-                )
-            self._allowance_bytes = min(room, max(size, 1 << 20))
-        self._allowance_bytes -= size
-
     def _check_open(self) -> None:
         if self._end is not None:
             raise FlowbufferError("this logger is closed; a closed logger takes no more points")
@@ -482,20 +426,3 @@ class Producer:
             os.close(self._journal)
             self._journal = -1
             self._journal_bytes = 0
-
-
-def _reserve_blocks(descriptor: int, size: int) -> None:
-    """Give the file its blocks now, so that a full disk is an error here and never a SIGBUS."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        for start in range(0, size, 1 << 16):
-            os.pwrite(descriptor, bytes(min(1 << 16, size - start)), start)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,100 @@
+"""What became of the points of one logger, as the spool tells it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.delivery import Delivery, last_error
+from flowbuffer.report import Report
+from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.states import (
+    Tally,
+    delivery_note,
+    is_settled,
+    last_barrier,
+    parked_reason,
+    tally,
+)
+
+
+class Ledger:
+    """Counts for one producer.
+
+    Args:
+        producer: Whose points are counted.
+        delivery: Who delivers them.
+    """
+
+    def __init__(self, producer: Producer, delivery: Delivery) -> None:
+        self._producer = producer
+        self._delivery = delivery
+        self._folder = producer.directory.path
+        self._last = Tally()
+
+    def counts(self) -> dict[str, Any]:
+        """The fields of a :class:`Report`, but for the time that it took."""
+        found, last = tally(self._folder), self._last
+        if found is None:  # all of it is delivered, and the folder is gone
+            found = Tally(delivered=last.delivered + last.pending, rejected=last.rejected)
+        self._last = found
+        return {
+            "delivered": found.delivered,
+            "rejected": found.rejected,
+            "pending": found.pending,
+            "dropped": dict(self._producer.dropped),
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """The fields that :class:`Stats` has and :class:`Report` has not, as of the last count."""
+        oldest_ms, note = self._last.oldest_ms, delivery_note(self._folder)
+        age_s = 0.0 if oldest_ms is None else SYSTEM_CLOCK.now_ns() / 1e9 - oldest_ms / 1e3
+        return {
+            "lag_s": max(age_s, 0.0),
+            "backlog_bytes": self._delivery.spool.used_bytes(),
+            "ties_moved": note.get("ties_moved", 0),
+            "ties_moved_most_ms": note.get("ties_moved_most_ms", 0),
+            "retries": note.get("retries", 0),
+            "last_error": note.get("last_error", ""),
+        }
+
+    def is_there(self) -> bool:
+        """Whether a collector still has something to do with the folder, once it is closed."""
+        return self._folder.exists() and not delivery_note(self._folder).get("done")
+
+    def is_let_go(self) -> bool:
+        """Whether waiting for a closed producer's points is over, or in vain."""
+        return not self.is_there() or parked_reason(self._folder) is not None
+
+    def last_words(self, report: Report, *, waited: bool) -> list[str]:
+        """What whoever started the job should know of what was left, and of what was lost.
+
+        Args:
+            report: Of the end.
+            waited: Whether delivery was waited for; else what is pending is no news.
+        """
+        run_id = self._producer.directory.info.run_id
+        root = self._delivery.spool.root
+        words = []
+        if report.pending and waited:
+            error = last_error(self._folder)
+            words.append(
+                f"{report.pending} points of run {run_id} are not delivered yet"
+                + (f" ({error})" if error else "")
+                + f". They are safe in {root}; {self._delivery.goes_on}deliver them with: "
+                f"flowbuffer sync --spool {root}"
+            )
+        if report.rejected or any(report.dropped.values()):
+            dropped = ", ".join(f"{count} dropped ({why})" for why, count in report.dropped.items())
+            words.append(
+                f"run {run_id}: {report.rejected} points rejected"
+                + (f", {dropped}" if dropped else "")
+                + (f"; see: flowbuffer rejected --spool {root}" if report.rejected else "")
+            )
+        return words
+
+
+def is_over(folder: Path) -> bool:
+    """Whether waiting for what is in a folder now is over, or in vain."""
+    return is_settled(folder, last_barrier(folder)) or parked_reason(folder) is not None
