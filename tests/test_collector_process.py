@@ -36,16 +36,20 @@ class Rig:
             self.spool, self.settings, self.clock, lambda *_: self.transport, living=True
         )
         self.clock.turn(1.0)
-        self.shift = Shift(self.collector, self.clock, drain_timeout_s=100.0)
+        self.shift = Shift(
+            self.collector, self.clock, drain_timeout_s=100.0, since_ms=self.now_ms()
+        )
         self.clock.turn(1.0)
 
     def producer(self, delivery: str = "process") -> tuple[Producer, ProducerDirectory]:
-        now_ms = self.clock.now_ns() // 1_000_000
         directory = self.spool.add_producer(
-            this_producer("run", "fake://", now_ms, delivery=delivery)
+            this_producer("run", "fake://", self.now_ms(), delivery=delivery)
         )
         producer = Producer(directory, self.spool, self.settings, self.clock, lambda: None)
         return producer, directory
+
+    def now_ms(self) -> int:
+        return self.clock.now_ns() // 1_000_000
 
     def work(self, rounds: int = 5) -> bool:
         """Step, as the process does; whether it would end."""
@@ -124,7 +128,7 @@ def test_refused_credentials_make_room(rig: Rig) -> None:
     old, _old_directory = rig.producer()
     rig.transport.decide = lambda _: UnauthorisedError("401")
     old.append("loss", 1.0)
-    shift = Shift(rig.collector, rig.clock, 100.0)  # started by this producer
+    shift = Shift(rig.collector, rig.clock, 100.0, rig.now_ms())  # started by this producer
     rig.work()
     assert not shift.over
     rig.producer()
@@ -153,7 +157,7 @@ def test_what_travels_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "5")
     monkeypatch.setenv("FLOWBUFFER_LINGER_S", "7")
     settings = Settings(spool_dir=tmp_path, linger_s=0.25, request_timeout_s=3)
-    environment = collector_environment(settings, "http://user:pw@host")
+    environment = collector_environment(settings, "http://user:pw@host", 0)
     assert environment["MLFLOW_TRACKING_TOKEN"] == "secret"
     assert environment["AZUREML_RUN_ID"] == "job"
     assert environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"

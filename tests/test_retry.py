@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from flowbuffer.credentials import without_credentials
 from flowbuffer.delivery_client import error_of_status, retry_after_s
 from flowbuffer.errors import (
     RejectedError,
@@ -16,7 +17,7 @@ from flowbuffer.errors import (
     UnauthorisedError,
 )
 from flowbuffer.retry import RetryPolicy
-from flowbuffer.transport import absolute_uri, without_credentials
+from flowbuffer.transport import absolute_uri
 
 POLICY = RetryPolicy(first_s=1.0, most_s=8.0, uniform=lambda _low, high: high)
 

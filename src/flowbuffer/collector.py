@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowbuffer.clock import SYSTEM_CLOCK, Clock, Event
+from flowbuffer.credentials import without_credentials
 from flowbuffer.errors import SpoolError
 from flowbuffer.sender import Sender, Source
 from flowbuffer.settings import Settings
@@ -23,7 +24,7 @@ from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import has_dead_letters
-from flowbuffer.transport import MlflowTransport, Transport, absolute_uri, without_credentials
+from flowbuffer.transport import MlflowTransport, Transport, absolute_uri
 
 _log = logging.getLogger("flowbuffer")
 
@@ -36,6 +37,8 @@ QUIET_S = 2.0
 ADOPT_EVERY_S = 5.0
 #: How often it is tested whether a producer lives, in s.
 _TEST_EVERY_S = 0.1
+#: How many connections to servers that nobody uses any more are kept.
+_IDLE_TRANSPORTS = 4
 
 TransportFactory = Callable[[str, Settings, Clock], Transport]
 
@@ -212,6 +215,13 @@ class Collector:
                     self._left.add(folder)
                     _log.warning("%s is left alone: %s", folder, error)
 
+    def leave(self) -> None:
+        """Leave every folder to others, whatever is on its way."""
+        with self._step_lock:
+            for stream in list(self.streams):
+                self._forget(stream)
+                stream.claim.release()
+
     def not_served(self) -> list[Path]:
         """The folders of the spool that are not, and need not be, left alone."""
         found = list(self.spool.folders())
@@ -233,7 +243,9 @@ class Collector:
         destination = self._destinations(info)
         if destination is None:
             return
-        claim = self.spool.claim(folder, living=self._living and info.delivery == "process")
+        claim = self.spool.claim(
+            folder, living=self._living and info.delivery in ("process", OFFLINE)
+        )
         if claim is not None:
             self._serve(claim, destination)
 
@@ -316,12 +328,21 @@ class Collector:
                 _log.warning("%s cannot be removed: %s", stream.claim.path, error)
         stream.done = True
 
+    def _close_transports(self) -> None:
+        """Let go of those that nobody uses, but for a few that may be wanted again."""
+        used = {sender.transport for sender in self._senders.values()}
+        for at, transport in list(self._transports.items())[:-_IDLE_TRANSPORTS]:
+            if transport not in used:
+                transport.close()
+                del self._transports[at]
+
     def _forget(self, stream: Stream) -> None:
         stream.reader.close()
         stream.sender.remove(stream.source)
         self.streams.remove(stream)
         if not any(stream.sender.sources):
             self._senders = {at: s for at, s in self._senders.items() if s is not stream.sender}
+            self._close_transports()
 
 
 def is_served(folder: Path) -> bool:

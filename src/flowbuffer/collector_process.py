@@ -1,4 +1,4 @@
-"""The collector as a process: ``python -m flowbuffer.collector_process SPOOL DESCRIPTOR``.
+"""The collector as a process: arguments SPOOL and DESCRIPTOR.
 
 Started by a :class:`flowbuffer.launcher.Launcher`, it serves every producer of a spool whose
 setting is ``delivery="process"``, adopts what dead ones left, and ends when nothing is left to do.
@@ -6,19 +6,22 @@ setting is ``delivery="process"``, adopts what dead ones left, and ends when not
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import select
 import signal
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from flowbuffer.clock import SYSTEM_CLOCK, Clock
 from flowbuffer.collector import Collector, is_served
+from flowbuffer.credentials import redacted
 from flowbuffer.delivery_client import warm_up
 from flowbuffer.errors import FlowbufferError, UnauthorisedError
 from flowbuffer.launcher import WAKE_SIGNAL, collector_lock
-from flowbuffer.settings import Settings, handed_on_uri
+from flowbuffer.settings import Settings, handed_on_ms, handed_on_uri
 from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.info import read_info
@@ -33,19 +36,28 @@ class Shift:
         collector: What it does.
         clock: Tells how long it has been alone.
         drain_timeout_s: How long it goes on once no producer lives.
+        since_ms: Since when the process that started it logs, in ms since the epoch: its
+            credentials are as old.
+
+    Attributes:
+        superseded: It is over because a newer collector has to take its place.
     """
 
-    def __init__(self, collector: Collector, clock: Clock, drain_timeout_s: float) -> None:
+    def __init__(
+        self, collector: Collector, clock: Clock, drain_timeout_s: float, since_ms: int
+    ) -> None:
+        self.superseded = False
         self._collector = collector
         self._clock = clock
         self._drain_timeout_s = drain_timeout_s
-        self._start_ms = clock.now_ns() // 1_000_000
+        self._since_ms = since_ms
         self._alone_since_s: float | None = None
 
     @property
     def over(self) -> bool:
         """Nothing is left, the time for what is left is up, or a newer one has to take over."""
-        if self._superseded():
+        if self._is_superseded():
+            self.superseded = True
             return True
         streams = self._collector.streams
         served = any(not stream.reader.finished for stream in streams)
@@ -58,13 +70,13 @@ class Shift:
         waiting = any(not stream.sender.gone for stream in streams)
         return not waiting or now_s - self._alone_since_s >= self._drain_timeout_s
 
-    def _superseded(self) -> bool:
+    def _is_superseded(self) -> bool:
         """The credentials of this process are refused, and a producer that came later may have
         others: the collector that it starts takes them from its environment."""
         streams = self._collector.streams
         refused = any(isinstance(s.sender.failure, UnauthorisedError) for s in streams)
         return refused and any(
-            stream.claim.info.start_ms > self._start_ms and not stream.reader.finished
+            stream.claim.info.start_ms > self._since_ms and not stream.reader.finished
             for stream in streams
         )
 
@@ -99,6 +111,23 @@ class WakeUp:
         return bool(select.select([self._reads], [], [], timeout)[0])
 
 
+class RedactedStream(io.TextIOBase):
+    """Writes to another stream what is no credential, whoever wrote it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text that is whole as far as credentials are concerned."""
+        self._stream.write(redacted(text))
+        self._stream.flush()
+        return len(text)
+
+    def fileno(self) -> int:
+        """Of the other stream."""
+        return self._stream.fileno()
+
+
 def main() -> None:
     """What the process does, from its start to its end."""
     if len(sys.argv) != 3:
@@ -109,6 +138,7 @@ def main() -> None:
         os._exit(0)  # so that the process that logs has no child that it knows nothing of
     lock: FileLock | None = FileLock(descriptor)
     os.umask(0o077)
+    sys.stdout = sys.stderr = RedactedStream(sys.stderr)  # they are collector.log
     logging.basicConfig(format=f"%(asctime)s [{os.getpid()}] %(message)s", level=logging.WARNING)
     wake = WakeUp(WAKE_SIGNAL)
     settings = Settings.from_env()
@@ -116,24 +146,26 @@ def main() -> None:
     while lock is not None:
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, str(os.getpid()).encode(), 0)
-        _serve(spool, settings, wake)
+        superseded = _serve(spool, settings, wake)
         lock.release()
         # Whoever came while the lock was held relied on this process.
-        newcomer = any(map(is_served, spool.folders()))
+        newcomer = any(map(is_served, spool.folders())) and not superseded
         lock = FileLock.take(collector_lock(root)) if newcomer else None
 
 
-def _serve(spool: Spool, settings: Settings, wake: WakeUp) -> None:
+def _serve(spool: Spool, settings: Settings, wake: WakeUp) -> bool:
+    """Deliver until the shift is over; whether another process has to go on."""
     collector = Collector(spool, settings, SYSTEM_CLOCK, living=True, wake=wake)
     uri = handed_on_uri()
     if uri is not None:
         collector.know(uri)
     _import_stores(spool)
-    shift = Shift(collector, SYSTEM_CLOCK, settings.drain_timeout_s)
+    shift = Shift(collector, SYSTEM_CLOCK, settings.drain_timeout_s, handed_on_ms())
     while True:
         next_s = collector.step()
         if shift.over:
-            return
+            collector.leave()
+            return shift.superseded
         collector.wait(next_s)
 
 

@@ -16,7 +16,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.credentials import hide, redacted
 from flowbuffer.errors import (
+    DoubtfulError,
     RejectedError,
     RetriableError,
     RunGoneError,
@@ -44,6 +46,9 @@ class _CallersQueue:
         return RunOperations([])
 
     def is_active(self) -> bool:
+        return True
+
+    def is_idle(self) -> bool:
         return True
 
 
@@ -90,6 +95,7 @@ def warm_up(uri: str) -> None:
 
 def delivery_client(uri: str, timeout_s: float) -> Any:
     """An ``MlflowClient`` whose tracking store is its own."""
+    hide(uri)
     with _making:
         return _made(uri, timeout_s)
 
@@ -178,10 +184,12 @@ class _SingleRequests:
         except MlflowException as error:
             raise RetriableError(first_line(error)) from error
         if response.status_code != 200:
+            code, said = _said(response.text)
             raise error_of_status(
                 response.status_code,
-                f"{response.status_code} {_said(response.text)}",
+                f"{response.status_code} {said}",
                 retry_after_s(response.headers.get("Retry-After"), SYSTEM_CLOCK.now_ns() / 1e9),
+                code=code,
             )
         return response.json()
 
@@ -204,8 +212,10 @@ def _metric_fields(metric: Any) -> dict[str, Any]:
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
-def error_of_status(status: int, reason: str, retry_after: float | None = None) -> TransportError:
-    """The error that an HTTP status stands for."""
+def error_of_status(
+    status: int, reason: str, retry_after: float | None = None, *, code: str = ""
+) -> TransportError:
+    """The error that an HTTP status, with MLflow's error code, stands for."""
     kind: type[TransportError]
     if status in (408, 429) or status >= 500 or status < 400:
         kind = RetriableError
@@ -215,6 +225,10 @@ def error_of_status(status: int, reason: str, retry_after: float | None = None) 
         kind = RunGoneError
     elif status == 413:
         kind = TooLargeError
+    elif code == "BAD_REQUEST":
+        # What MLflow makes of any error of its database but an OperationalError: a value that does
+        # not fit its column, and a connection pool that is exhausted (store/db/utils.py).
+        kind = DoubtfulError
     else:
         kind = RejectedError
     return kind(reason, retry_after)
@@ -235,14 +249,15 @@ def retry_after_s(header: str | None, now_s: float) -> float | None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, of bounded length."""
-    return (str(error) or type(error).__name__).split("\n")[0][:1000]
+    """The first line of what an error says, of bounded length and without credentials."""
+    return redacted((str(error) or type(error).__name__).split("\n")[0])[:1000]
 
 
-def _said(body: str) -> str:
-    """The message in the body of an error."""
+def _said(body: str) -> tuple[str, str]:
+    """MLflow's error code, empty if there is none, and the message in the body of an error."""
     try:
         said = json.loads(body)
-        return f"{said.get('error_code', '')}: {said['message']}"[:1000]
+        code, message = str(said.get("error_code", "")), f": {said['message']}"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return " ".join(body.split())[:1000]
+        code, message = "", " ".join(body[:100_000].split())
+    return code, redacted(code + message)[:1000]

@@ -10,6 +10,7 @@
     ├── DeliveryError           a handle's points are not, and will not be, in the backend
     └── TransportError          what a tracking server answered; never raised in a training loop
         ├── RetriableError      the same request may succeed later
+        │   └── DoubtfulError   or never: it is tried a few times
         ├── UnauthorisedError   401, 403: someone has to renew the credentials
         ├── RunGoneError        404, a deleted run: nothing of this run can be stored
         ├── TooLargeError       413: the same points may fit in smaller requests
@@ -83,6 +84,10 @@ class TransportError(FlowbufferError):
 
 class RetriableError(TransportError):
     """The same request may succeed later: no connection, time-out, 408, 429, 5xx."""
+
+
+class DoubtfulError(RetriableError):
+    """MLflow's BAD_REQUEST: its database failed, of its own or because of the content."""
 
 
 class UnauthorisedError(TransportError):

@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowbuffer.handle import Handle
-from flowbuffer.logger import MetricLogger
+from flowbuffer.logger import MetricLogger, starts_runs
 from flowbuffer.report import Report, Stats
+from flowbuffer.settings import Settings
 from flowbuffer.spool.points import Number
 
 if TYPE_CHECKING:
     import numpy.typing
 
-_loggers: dict[str, MetricLogger] = {}
+_loggers: dict[str | None, MetricLogger] = {}  # None: without a run of MLflow's
 _lock = threading.RLock()
 
 
@@ -91,8 +92,10 @@ def _sum(reports: Sequence[Report]) -> dict[str, Any]:
 def _active_logger() -> MetricLogger:
     import mlflow
 
-    run = mlflow.active_run() or mlflow.start_run()
-    run_id: str = run.info.run_id
+    run = mlflow.active_run()
+    if run is None and starts_runs(Settings.from_env()):
+        run = mlflow.start_run()
+    run_id = None if run is None else run.info.run_id
     logger = _loggers.get(run_id)
     if logger is None or logger.closed:
         with _lock:

@@ -65,7 +65,10 @@ def flush_run(run_id: str) -> None:
     """Flush what logs to a run; it is about to be marked ended."""
     for logger in list(_watched):
         if logger.run_id == run_id:
-            logger.end_of_run(logger.settings.shutdown_timeout_s)
+            try:
+                logger.end_of_run(logger.settings.shutdown_timeout_s)
+            except Exception as error:  # the run is to be marked ended all the same
+                tell(f"run {run_id}: {error}")
 
 
 def is_child() -> bool:
@@ -111,7 +114,10 @@ def _spend(logger: EndsWithJob, finish: Callable[[float], None]) -> None:
     """Let a logger have what is left of ``shutdown_timeout_s``: the loggers share one."""
     global _spent_s
     start_s = SYSTEM_CLOCK.monotonic_s()
-    finish(max(logger.settings.shutdown_timeout_s - _spent_s, 0.0))
+    try:
+        finish(max(logger.settings.shutdown_timeout_s - _spent_s, 0.0))
+    except Exception as error:  # the others are to be closed all the same
+        tell(f"run {logger.run_id}: {error}")
     _spent_s += SYSTEM_CLOCK.monotonic_s() - start_s
 
 

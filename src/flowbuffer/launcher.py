@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.settings import Settings, collector_environment
+from flowbuffer.settings import START_COLLECTOR, Settings, collector_environment
 from flowbuffer.spool.files import FileLock, open_file, read_file
 
 _log = logging.getLogger("flowbuffer")
@@ -28,7 +29,7 @@ CHECK_EVERY_S = 2.0
 _SHORT_LIFE_S = 10.0
 _LONGEST_PAUSE_S = 60.0
 _MAX_LOG_BYTES = 1 << 20
-_COMMAND = (sys.executable, "-m", "flowbuffer.collector_process")
+_COMMAND = (sys.executable, "-c", START_COLLECTOR)
 
 
 def collector_lock(root: Path) -> Path:
@@ -43,8 +44,10 @@ WAKE_SIGNAL = signal.SIGURG
 def wake_collector(root: Path) -> None:
     """Have the collector process of a spool, if there is one, look at it now."""
     try:
-        os.kill(int(read_file(collector_lock(root), limit=20)), WAKE_SIGNAL)
-    except (OSError, ValueError):
+        pid = read_file(collector_lock(root), limit=20).decode()
+        if re.fullmatch("[0-9]{1,10}", pid) and int(pid) > 1:
+            os.kill(int(pid), WAKE_SIGNAL)
+    except (OSError, OverflowError, UnicodeDecodeError):
         pass  # none yet, or none any more
 
 
@@ -61,6 +64,7 @@ class Launcher:
         self._root = root
         self._settings = settings
         self._uri = tracking_uri
+        self._since_ms = SYSTEM_CLOCK.now_ns() // 1_000_000
         self._users: list[Callable[[], None]] = []
         self._thread: threading.Thread | None = None
         self._users_changed = threading.Event()
@@ -120,11 +124,12 @@ class Launcher:
 
     def _start(self, lock: FileLock) -> None:
         os.ftruncate(lock.descriptor, 0)  # of the last collector's pid
-        log = self._open_log()
+        log = -1
         try:
+            log = self._open_log()
             process = subprocess.Popen(
                 [*_COMMAND, str(self._root), str(lock.descriptor)],
-                env=collector_environment(self._settings, self._uri),
+                env=collector_environment(self._settings, self._uri, self._since_ms),
                 pass_fds=[lock.descriptor],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -136,7 +141,8 @@ class Launcher:
             lock.release()
             raise
         finally:
-            os.close(log)
+            if log >= 0:
+                os.close(log)
         lock.leave()
         self._starter = process
 
@@ -146,7 +152,10 @@ class Launcher:
 
     def _open_log(self) -> int:
         path = self._root / "collector.log"
-        descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        except OSError:
+            return os.open(os.devnull, os.O_WRONLY)  # nobody reads it until something is wrong
         if os.fstat(descriptor).st_size > _MAX_LOG_BYTES:
             os.ftruncate(descriptor, 0)
         return descriptor

@@ -66,8 +66,8 @@ class MetricLogger:
         self._uri = tracking_uri or mlflow.get_tracking_uri()
         self._place = environment_place()
         self._logs = self._settings.logs(self._place.rank)
-        online = self._logs and not self._settings.offline
-        self._run_id, self._owns_run = find_run(run_id, tracking_uri, start=online)
+        start = starts_runs(self._settings)
+        self._run_id, self._owns_run = find_run(run_id, tracking_uri, start=start)
         self._fluent = False
         self._ended = False
         self._opening = threading.RLock()
@@ -245,8 +245,9 @@ class MetricLogger:
         job_end.watch(self)
 
     def _this_producer(self) -> Any:
+        from flowbuffer.credentials import without_credentials
         from flowbuffer.spool.info import OFFLINE, this_producer
-        from flowbuffer.transport import absolute_uri, without_credentials
+        from flowbuffer.transport import absolute_uri
 
         settings = self._settings
         return this_producer(
@@ -352,19 +353,21 @@ class MetricLogger:
         assert delivery is not None
         start_s = time.monotonic()
         shown = Progress(self._counts)
-        while not until():
-            now_s = time.monotonic()
-            if deadline_s is not None and now_s >= deadline_s:
-                break
-            delivery.push()
-            if progress:
-                shown.show(now_s - start_s)
-            # A look costs CPU time, so a long wait looks seldom.
-            pause_s = min(max(0.001, 0.1 * (now_s - start_s)), 0.25)
-            SYSTEM_CLOCK.sleep(
-                pause_s if deadline_s is None else min(pause_s, max(deadline_s - now_s, 0))
-            )
-        shown.close()
+        try:
+            while not until():
+                now_s = time.monotonic()
+                if deadline_s is not None and now_s >= deadline_s:
+                    break
+                delivery.push()
+                if progress:
+                    shown.show(now_s - start_s)
+                # A look costs CPU time, so a long wait looks seldom.
+                pause_s = min(max(0.001, 0.1 * (now_s - start_s)), 0.25)
+                SYSTEM_CLOCK.sleep(
+                    pause_s if deadline_s is None else min(pause_s, max(deadline_s - now_s, 0))
+                )
+        finally:
+            shown.close()
 
     def _counts(self) -> dict[str, Any]:
         if self._ledger is None:
@@ -397,6 +400,12 @@ class MetricLogger:
             return getattr(self, name)(*args)
 
         return reopen
+
+
+def starts_runs(settings: Settings) -> bool:
+    """Whether a logger here starts a run where there is none: not offline, and not on a rank that
+    does not log."""
+    return not settings.offline and settings.logs(environment_place().rank)
 
 
 def _then(append: Append, finish: Callable[[Places], None]) -> Append:

@@ -70,15 +70,51 @@ class Progress:
         counts = self._counts()
         settled = counts["delivered"] + counts["rejected"]
         if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(desc="flowbuffer: delivering", unit=" points", file=sys.stderr)
+            self._bar = _new_bar()
             self._settled_before = settled
         settled -= self._settled_before
-        self._bar.total = settled + counts["pending"]
-        self._bar.update(settled - self._bar.n)
+        self._bar.update(
+            self._bar.task_ids[0], completed=settled, total=settled + counts["pending"]
+        )
+        self._bar.refresh()
 
     def close(self) -> None:
         """Leave the terminal to others."""
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()
+
+
+def _new_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class RateColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.0f}/s")
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("flowbuffer: delivering"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("points"),
+        RateColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        auto_refresh=False,  # no thread can be started at the interpreter's end
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    bar.add_task("", total=None)
+    bar.start()
+    console.show_cursor(True)  # else it were lost if the job is killed meanwhile
+    return bar

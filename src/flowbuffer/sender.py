@@ -18,6 +18,7 @@ import numpy as np
 
 from flowbuffer.clock import Clock
 from flowbuffer.errors import (
+    DoubtfulError,
     RejectedError,
     RunGoneError,
     TooLargeError,
@@ -37,6 +38,12 @@ _log = logging.getLogger("flowbuffer")
 
 #: The most points that are read ahead of their delivery; bounds the sender's memory (44 B each).
 WINDOW_POINTS = 131072
+
+
+#: How often a request is sent again after a doubtful error before its content is to blame, and how
+#: often one of its parts is then.
+DOUBTS = 8
+DOUBTS_OF_A_PART = 3
 
 
 @dataclass
@@ -73,6 +80,7 @@ class _Batch:
     attempt: int = 0
     due_s: float = 0.0
     sending: bool = False
+    is_split: bool = False
 
 
 class Sender:
@@ -106,7 +114,7 @@ class Sender:
         self.failure: TransportError | None = None
         self.gone = False
         self.sources: list[Source | None] = []
-        self._transport = transport
+        self.transport = transport
         self._settings = settings
         self._clock = clock
         self._wake = wake
@@ -220,7 +228,7 @@ class Sender:
                 else:
                     next_s = min(next_s, batch.due_s - now_s)
         size = self._settings.max_batch_size
-        while len(self._batches) < self._transport.max_in_flight:
+        while len(self._batches) < self.transport.max_in_flight:
             count, since_s = self._backlog.ready(self._busy)
             due_s = since_s + self._settings.linger_s
             if not count:
@@ -251,7 +259,7 @@ class Sender:
             self._outcomes.put((batch, error))
             self._wake()
 
-        self._transport.send(request, done)
+        self.transport.send(request, done)
 
     # What became of a request.
 
@@ -259,7 +267,7 @@ class Sender:
         batch.sending = False
         if error is None:
             self._stored(batch)
-        elif isinstance(error, (RejectedError, TooLargeError)):
+        elif isinstance(error, (RejectedError, TooLargeError)) or self._is_final(batch, error):
             self._refused(batch, error)
         else:
             self._failed(batch, error)
@@ -276,6 +284,11 @@ class Sender:
         self._mark(batch.parts.popleft().rows)
         self._next_part(batch)
 
+    def _is_final(self, batch: _Batch, error: TransportError) -> bool:
+        """Whether a doubtful error has come so often that the content must be at fault."""
+        most = DOUBTS_OF_A_PART if batch.is_split else DOUBTS
+        return isinstance(error, DoubtfulError) and batch.attempt >= most
+
     def _refused(self, batch: _Batch, error: TransportError) -> None:
         """Split down to the point at fault; it alone is a dead letter."""
         batch.attempt = 0
@@ -283,13 +296,14 @@ class Sender:
             part.blamed = False  # the fault is in the first part; in others there need be none
         rows = batch.parts[0].rows
         if len(rows) > 1:
-            self._split(batch, blame=isinstance(error, RejectedError))
+            self._split(batch, blame=not isinstance(error, TooLargeError))
         else:
             self._reject(rows, error)
             batch.parts.popleft()
         self._next_part(batch)
 
     def _split(self, batch: _Batch, *, blame: bool) -> None:
+        batch.is_split = True
         rows = batch.parts.popleft().rows
         half = (len(rows) + 1) // 2
         batch.parts.extendleft([_Part(rows[half:], blamed=blame), _Part(rows[:half])])
@@ -353,19 +367,23 @@ class Sender:
         assert source is not None
         value = float(row["value"])
         key = self._keys[int(row["key"])]
-        source.reader.dead_letter(
-            {
-                "run_id": self.run_id,
-                "key": key,
-                "value": value if math.isfinite(value) else str(value),
-                "step": int(row["step"]),
-                "timestamp": int(row["time"]),
-                "reason": error.reason,
-                "segment": int(row["segment"]),
-                "slot": int(row["slot"]),
-            }
-        )
+        letter = {
+            "run_id": self.run_id,
+            "key": key,
+            "value": value if math.isfinite(value) else str(value),
+            "step": int(row["step"]),
+            "timestamp": int(row["time"]),
+            "reason": error.reason,
+            "segment": int(row["segment"]),
+            "slot": int(row["slot"]),
+        }
         self.failure = error
         self._note()
+        try:
+            source.reader.dead_letter(letter)
+        except OSError as problem:
+            # Not marked, so that it stays; whoever delivers the folder next tries it again.
+            _log.warning("run %s: a rejected point cannot be kept: %s", self.run_id, problem)
+            return
         self._mark(rows, rejected=True)
         _log.warning("run %s: a point of %r was rejected: %s", self.run_id, key, error.reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -112,7 +113,10 @@ class Settings:
         high=64,
     )
     request_timeout_s: float = _setting(
-        60.0, "How long one HTTP request may take before it is sent again, in seconds.", low=0.1
+        60.0,
+        "How long one HTTP request may take before it is sent again, in seconds.",
+        low=0.1,
+        high=86_400,
     )
     durability: Literal["process", "power"] = _choice(
         "process",
@@ -149,7 +153,7 @@ class Settings:
             value = _checked(item.name, item.metadata, item.default, getattr(self, item.name))
             object.__setattr__(self, item.name, value)
         self.logs(0)
-        self.stored_key("", Place())
+        self.stored_key("a key", Place())
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
@@ -207,14 +211,15 @@ class Settings:
     def stored_key(self, key: str, place: Place) -> str:
         """``key`` as ``key_template`` has it; outside a distributed job the rank is 0 of 1."""
         try:
-            if "{key}" not in self.key_template:
-                raise ValueError("{key} is missing")
-            return self.key_template.format(
+            stored = self.key_template.format(
                 key=key,
                 rank=place.rank or 0,
                 local_rank=place.local_rank or 0,
                 world_size=place.world_size or 1,
             )
+            if key not in stored:
+                raise ValueError("{key} is missing")
+            return stored
         except (ValueError, LookupError, AttributeError) as error:
             raise SettingError(
                 f"key_template ({variable_of('key_template')}) = {self.key_template!r}: it must "
@@ -285,6 +290,13 @@ def environment_place() -> Place:
     return Place()
 
 
+def environment_secrets() -> set[str]:
+    """The values of the variables whose names say that they are secret."""
+    return {value for name, value in os.environ.items() if _SECRET.search(name)}
+
+
+_SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|(?:API|ACCESS|ACCOUNT|STORAGE|PRIVATE)_KEY$", re.I)
+
 #: MLflow's own retries, batching and recording would multiply ours; in the collector they are off.
 _QUIET_MLFLOW = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -299,29 +311,45 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 #: How a tracking URI with credentials comes to a collector process: by its environment, which no
 #: other user can read, and never by the disk.
 _HANDED_ON = "_FLOWBUFFER_TRACKING_URI"
+_SINCE = "_FLOWBUFFER_SINCE_MS"
 
 
-def collector_environment(settings: Settings, tracking_uri: str) -> dict[str, str]:
+#: What the interpreter of a collector process runs. Modules are looked for where this process looks
+#: for them, but last of all: what lies beside a job is not meant for the collector.
+START_COLLECTOR = (
+    "import os, sys; sys.path += os.environ['_FLOWBUFFER_PATH'].split(os.pathsep); "
+    "from flowbuffer.collector_process import main; main()"
+)
+
+
+def collector_environment(settings: Settings, tracking_uri: str, since_ms: int) -> dict[str, str]:
     """The environment of a collector process: this one's, with its credentials, and the settings.
 
     Args:
         settings: What the collector goes by where a producer says nothing.
         tracking_uri: Of the producer that starts it, with its credentials.
+        since_ms: When this process began to log, in ms since the epoch.
     """
-    environment = {**os.environ, **_QUIET_MLFLOW, **_ONE_THREAD, _HANDED_ON: tracking_uri}
+    environment = {**os.environ, **_QUIET_MLFLOW, **_ONE_THREAD}
+    environment |= {_HANDED_ON: tracking_uri, _SINCE: str(since_ms)}
+    environment["_FLOWBUFFER_PATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
     environment = {name: value for name, value in environment.items() if value}
     for item in fields(settings):
         value = getattr(settings, item.name)
         environment.pop(variable_of(item.name), None)
         if value is not None:
             environment[variable_of(item.name)] = str(value)
-    modules = [os.path.abspath(entry) for entry in sys.path if entry]
-    return {**environment, "PYTHONPATH": os.pathsep.join(modules), "PYTHONSAFEPATH": "1"}
+    return {**environment, "PYTHONSAFEPATH": "1"}
 
 
 def handed_on_uri() -> str | None:
     """In a collector process: the tracking URI of the producer that started it."""
     return os.environ.get(_HANDED_ON) or None
+
+
+def handed_on_ms() -> int:
+    """In a collector process: since when what started it logs, in ms since the epoch."""
+    return int(os.environ.get(_SINCE) or 0)
 
 
 def _parsed(variable: str, annotation: str, text: str) -> Any:

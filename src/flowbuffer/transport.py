@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,7 +104,7 @@ class MlflowTransport:
         except TransportError as error:
             return error
         except Exception as error:
-            found = _translated(error)
+            found = translated(error)
             if isinstance(found, RejectedError):
                 return self._unless_gone(request.run_id, found)
             return found
@@ -130,7 +129,7 @@ class MlflowTransport:
         try:
             run = self._delivery_client().get_run(run_id)
         except Exception as failure:
-            found = failure if isinstance(failure, TransportError) else _translated(failure)
+            found = failure if isinstance(failure, TransportError) else translated(failure)
             return error if isinstance(found, RejectedError) else found
         if run.info.lifecycle_stage == "deleted":
             return RunGoneError(f"run {run_id} is deleted ({error.reason})")
@@ -155,25 +154,16 @@ def absolute_uri(tracking_uri: str) -> str:
     return tracking_uri
 
 
-_USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
-_SECRET_FIELD = re.compile(
-    r"(?<=[?&])[^=&]*(?:pass|pwd|token|secret|user|key)[^=&]*=[^&#]*&?", re.I
-)
-
-
-def without_credentials(tracking_uri: str) -> str:
-    """A tracking URI as it may be written to the disk: no user, no password, no token."""
-    return _SECRET_FIELD.sub("", _USER_INFO.sub("", tracking_uri)).rstrip("?&")
-
-
 def _is_file(tracking_uri: str) -> bool:
     return tracking_uri.startswith(("sqlite", "file:")) or "://" not in tracking_uri
 
 
-def _translated(error: Exception) -> TransportError:
+def translated(error: Exception) -> TransportError:
     """What a store raised, as ours. Whatever is not known to be final may succeed later."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return error_of_status(error.get_http_status_code(), first_line(error))
+        return error_of_status(
+            error.get_http_status_code(), first_line(error), code=error.error_code
+        )
     return RetriableError(f"{type(error).__name__}: {first_line(error)}")

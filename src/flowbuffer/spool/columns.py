@@ -40,8 +40,8 @@ class Block:
 
 
 def mapped_segment(path: Path, number: int) -> tuple[NDArray[Any], NDArray[np.uint32], int]:
-    """The slots of a segment and its fields ``wanted`` and ``closed``, as arrays over the mapped
-    file; and how many slots are missing, because the file was cut off.
+    """The slots of a segment and its fields ``wanted``, ``closed``, ``outcome`` and their checksum,
+    as arrays over the mapped file; and how many slots are missing, because the file was cut off.
 
     Raises:
         SpoolFormatError: It is not segment ``number`` of this format, or has not one whole slot.
@@ -61,7 +61,7 @@ def mapped_segment(path: Path, number: int) -> tuple[NDArray[Any], NDArray[np.ui
         os.close(descriptor)
     return (
         np.frombuffer(data, SLOT_DTYPE, held, layout.SEGMENT_HEADER_SIZE),
-        np.frombuffer(data, "<u4", 2, layout.WANTED_OFFSET),
+        np.frombuffer(data, "<u4", 4, layout.WANTED_OFFSET),
         slots - held,
     )
 

@@ -78,7 +78,9 @@ class Spool:
     def __init__(self, root: Path) -> None:
         self.root = root
         try:
-            root.parent.mkdir(parents=True, exist_ok=True)
+            for parent in reversed(root.parents):
+                if not parent.exists():
+                    parent.mkdir(mode=0o700, exist_ok=True)
             _private_directory(root)
         except OSError as error:
             if isinstance(error, SpoolError):
@@ -143,6 +145,8 @@ class Spool:
             check_private(folder)
         except FileNotFoundError:
             return None
+        if not living and has_producer(folder):
+            return None  # and its reader.lock is left to whoever has a right to it
         lock = FileLock.take(folder / "reader.lock", create=True)
         if lock is None:
             return None

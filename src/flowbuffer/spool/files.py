@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -81,6 +82,8 @@ def open_file(path: Path, flags: int) -> int:
     except OSError as error:
         if path.is_symlink():
             raise SpoolError(f"{path} is a link; flowbuffer follows none") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise SpoolError(f"{path} is not a regular file") from error
         raise
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():

@@ -30,7 +30,8 @@
     24      u32    wanted: how many slots from the first somebody waits for (skips the linger)
     28      u32    closed: 0, or 1 + how many slots hold points: the producer was closed here
     32      u32    outcome: of a closed producer's job, 1 finished · 2 failed
-    36      28x    zero
+    36      u32    CRC-32 of bytes 28 to 35, once the producer was closed
+    40      24x    zero
     ======  =====  ===========================================================================
 
     ======  =====  ===========================================================================
@@ -109,7 +110,7 @@ CHECKSUM: Final = struct.Struct("<I")
 CHECKSUM_OFFSET: Final = 20
 WANTED: Final = struct.Struct("<I")
 WANTED_OFFSET: Final = 24
-CLOSED: Final = struct.Struct("<II")
+CLOSED: Final = struct.Struct("<III")
 CLOSED_OFFSET: Final = 28
 FINISHED: Final = 1
 FAILED: Final = 2
@@ -141,6 +142,22 @@ def segment_header(number: int, slots: int) -> bytes:
     """The 64 bytes at the start of a segment's file."""
     head = SEGMENT_HEADER.pack(SEGMENT_MAGIC, FORMAT_VERSION, SLOT_SIZE, slots, number)
     return (head + CHECKSUM.pack(zlib.crc32(head))).ljust(SEGMENT_HEADER_SIZE, b"\0")
+
+
+def closed_fields(slots: int, outcome: int) -> bytes:
+    """The header's fields ``closed`` and ``outcome``, with their checksum."""
+    fields = struct.pack("<II", 1 + slots, outcome)
+    return fields + CHECKSUM.pack(zlib.crc32(fields))
+
+
+def parse_closed(data: bytes) -> tuple[int, int]:
+    """``closed`` and ``outcome``; (0, 0) if the producer was not closed, or they are damaged.
+
+    Raises:
+        struct.error: ``data`` is too short.
+    """
+    closed, outcome, checksum = CLOSED.unpack_from(data)
+    return (closed, outcome) if checksum == zlib.crc32(data[:8]) and closed else (0, 0)
 
 
 def parse_segment_header(data: bytes, number: int) -> int:

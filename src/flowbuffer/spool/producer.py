@@ -293,7 +293,8 @@ class Producer:
         if self._current[2].path.exists():
             outcome = layout.FAILED if failed else layout.FINISHED
             slots = (self._end[1] - layout.SEGMENT_HEADER_SIZE) // SLOT_SIZE
-            layout.CLOSED.pack_into(buffer, layout.CLOSED_OFFSET, 1 + slots, outcome)
+            fields = layout.closed_fields(slots, outcome)
+            buffer[layout.CLOSED_OFFSET : layout.CLOSED_OFFSET + len(fields)] = fields
         else:
             self.directory.lock.release()  # nothing was logged, or all of it is delivered
 

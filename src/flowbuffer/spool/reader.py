@@ -40,7 +40,7 @@ class _Segment:
     def __init__(self, number: int, columns: NDArray[Any], fields: NDArray[np.uint32]) -> None:
         self.number = number
         self.columns = columns
-        self.fields = fields  # of the header: wanted, closed
+        self.fields = fields  # of the header, from wanted on
         self.slots = len(columns)
         self.left = np.zeros(self.slots, np.int32)  # points on their way, by slot
         self.has_rejected = np.zeros(self.slots, np.bool_)
@@ -241,8 +241,9 @@ class Reader:
         if not self._alive:
             return min(segment.slots, segment.next_slot + limit)
         last = segment.slots
-        if segment.fields[1]:
-            last = min(int(segment.fields[1]) - 1, segment.slots)
+        closed, _ = layout.parse_closed(segment.fields[1:].tobytes())
+        if closed:
+            last = min(closed - 1, segment.slots)
             self._closed = True
         if segment.next_slot >= last:
             return segment.slots

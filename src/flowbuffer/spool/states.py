@@ -21,6 +21,9 @@ from flowbuffer.spool.layout import COMMITTED, DELIVERED, EXPLICIT, REJECTED, SE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+#: As much of ``rejected.jsonl`` is read; what is beyond it is kept, and not counted.
+_MAX_LETTERS_BYTES: Final = 64 << 20
+
 #: How the payload of ``carry`` begins: the number of the oldest segment that may exist, and the
 #: points of deleted segments that were delivered, and rejected.
 CARRY: Final = struct.Struct("<IQQ")
@@ -170,7 +173,7 @@ def closed_outcome(folder: Path) -> int:
     for number in segment_numbers(folder)[-1:]:
         try:
             head = read_file(folder / f"{number:08d}.slots", limit=layout.SEGMENT_HEADER_SIZE)
-            closed, outcome = layout.CLOSED.unpack_from(head, layout.CLOSED_OFFSET)
+            closed, outcome = layout.parse_closed(head[layout.CLOSED_OFFSET :])
         except (OSError, struct.error):
             continue
         return int(outcome) if closed else 0
@@ -202,8 +205,8 @@ def want(path: Path, offset: int) -> None:
     """Say that someone waits for the slot at ``offset`` and those before it."""
     try:
         descriptor = open_file(path, os.O_RDWR)
-    except FileNotFoundError:
-        return
+    except OSError:
+        return  # delivered already, or nothing that anybody could deliver
     try:
         slots = (offset - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE + 1
         (wanted,) = layout.WANTED.unpack(os.pread(descriptor, 4, layout.WANTED_OFFSET))
@@ -226,8 +229,8 @@ def dead_letters(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _letters(folder: Path) -> list[bytes]:
     try:
-        return read_file(folder / "rejected.jsonl", limit=1 << 30).splitlines()
-    except FileNotFoundError:
+        return read_file(folder / "rejected.jsonl", limit=_MAX_LETTERS_BYTES).splitlines()
+    except OSError:
         return []
 
 

@@ -1,0 +1,84 @@
+"""``flowbuffer clean``: delete what dead producers left and nobody needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from flowbuffer.commands.places import unread_segments
+from flowbuffer.errors import FlowbufferError
+from flowbuffer.spool.directory import Claim, Spool, has_producer
+from flowbuffer.spool.states import has_dead_letters, tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cleaned:
+    """What became of a producer's folder.
+
+    Attributes:
+        folder: Where it is, or was.
+        run_id: Its run.
+        removed: Whether it was deleted.
+        reason: Why it was kept; empty if it was not.
+    """
+
+    folder: str
+    run_id: str
+    removed: bool
+    reason: str = ""
+
+
+def clean(spool: Spool, *, with_rejected: bool = False) -> list[Cleaned]:
+    """Delete the folders of dead producers in which nothing is left.
+
+    Never deleted is what holds a point that is pending, or might: anything that cannot be read.
+
+    Args:
+        spool: The spool.
+        with_rejected: Delete those with dead letters, too.
+    """
+    spool.sweep()
+    return [_clean(spool, folder, with_rejected) for folder in list(spool.folders())]
+
+
+def folders_with_letters(spool: Spool) -> list[Path]:
+    """The folders that ``with_rejected`` would delete beyond the others."""
+    return [
+        folder
+        for folder in spool.folders()
+        if has_dead_letters(folder) and not unread_segments(folder) and not has_producer(folder)
+    ]
+
+
+def _clean(spool: Spool, folder: Path, with_rejected: bool) -> Cleaned:
+    run_id = unquote(folder.parent.name)
+    try:
+        claim = spool.claim(folder)
+        if claim is None:
+            living = has_producer(folder)
+            why = "its process still runs" if living else "another process delivers it"
+        else:
+            run_id = claim.info.run_id
+            try:
+                why = _needed(claim, with_rejected)
+                if not why:
+                    claim.remove()
+            finally:
+                claim.release()
+    except (FlowbufferError, OSError) as error:
+        why = str(error)
+    return Cleaned(folder=str(folder), run_id=run_id, removed=not why, reason=why)
+
+
+def _needed(claim: Claim, with_rejected: bool) -> str:
+    """Why a folder has to stay; empty if it need not."""
+    found = tally(claim.path)
+    if found is not None and found.pending:
+        return f"{found.pending} points are pending; deliver them with: flowbuffer sync"
+    unread = unread_segments(claim.path)
+    if unread:
+        return f"{', '.join(unread)} cannot be read"
+    if found is not None and has_dead_letters(claim.path) and not with_rejected:
+        return f"{found.rejected} points were rejected; delete them with: --rejected"
+    return ""

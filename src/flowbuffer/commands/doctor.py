@@ -1,0 +1,312 @@
+"""``flowbuffer doctor``: what is wrong with the settings, the spool, the server, the versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import threading
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import HTTPError
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.commands.servers import Server
+from flowbuffer.commands.status import status
+from flowbuffer.credentials import without_credentials
+from flowbuffer.delivery_client import warm_up
+from flowbuffer.errors import FlowbufferError, SettingError, TransportError, UnauthorisedError
+from flowbuffer.settings import Settings
+from flowbuffer.spool.directory import REMOTE_FILE_SYSTEMS, Spool
+from flowbuffer.spool.files import MOVE_IT, check_private, file_system_of
+from flowbuffer.transport import absolute_uri
+
+#: How long a server may take to answer, in s.
+_ANSWER_S = 10.0
+#: A clock that is off by more than this, in s, is worth a warning.
+_SKEW_S = 2.0
+#: Less than this on the disk, in bytes, and a producer finds no room for a segment.
+_A_SEGMENT_BYTES = 4 << 20
+_OLDEST = {"mlflow": (3, 1), "numpy": (1, 26)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        result: ``ok``; ``warn``, it works, and may not for long, or not as expected; ``fail``.
+        detail: What was found.
+        advice: What to do about it; empty if nothing.
+    """
+
+    name: str
+    result: Literal["ok", "warn", "fail"]
+    detail: str
+    advice: str = ""
+
+
+def doctor(spool_dir: Path | None = None, tracking_uri: str | None = None) -> list[Check]:
+    """Look at everything. Nothing is changed or created.
+
+    Args:
+        spool_dir: The spool; None means the settings'.
+        tracking_uri: The server; None means MLflow's current one.
+    """
+    settings, checks = _settings(spool_dir)
+    if settings is not None:
+        root = settings.resolved_spool_dir()
+        checks += [*_spool(root), *_room(root, settings), *_left_over(root)]
+    checks += [*_server(tracking_uri), *_versions()]
+    return checks
+
+
+def _settings(spool_dir: Path | None) -> tuple[Settings | None, list[Check]]:
+    named: dict[str, Any] = {} if spool_dir is None else {"spool_dir": spool_dir}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            settings = Settings.from_env(**named)
+        except SettingError as error:
+            advice = "correct or unset the variable; nothing is logged with it as it is"
+            fault = Check(name="settings", result="fail", detail=str(error), advice=advice)
+            return (Settings(**named) if named else None), [fault]
+    checks = [
+        Check(
+            name="settings",
+            result="warn",
+            detail=str(warning.message),
+            advice="correct or unset the variable",
+        )
+        for warning in told
+    ]
+    if not checks:
+        checks = [Check(name="settings", result="ok", detail="every variable is a setting")]
+    return settings, checks
+
+
+def _spool(root: Path) -> Iterator[Check]:
+    there = _nearest(root)
+    if root.exists():
+        yield _permissions(root)
+    elif there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        yield Check(name="spool", result="ok", detail=f"{root} will be made")
+    else:
+        yield Check(
+            name="spool", result="fail", detail=f"{root} cannot be made in {there}", advice=MOVE_IT
+        )
+    kind = file_system_of(there)
+    if kind in REMOTE_FILE_SYSTEMS or kind.startswith("fuse"):
+        detail = f"{root} lies on a {kind} file system"
+        yield Check(name="file system", result="fail", detail=detail, advice=MOVE_IT)
+    else:
+        yield Check(name="file system", result="ok", detail=kind or "not known")
+
+
+def _permissions(root: Path) -> Check:
+    try:
+        check_private(root)
+        if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
+            raise FlowbufferError(f"{root} is not writable")
+    except (FlowbufferError, OSError) as error:
+        return Check(name="spool", result="fail", detail=str(error), advice=f"chmod 700 {root}")
+    for run in sorted(path for path in root.iterdir() if path.is_dir()):
+        for folder in (run, *(path for path in run.iterdir() if path.is_dir())):
+            try:
+                check_private(folder)
+            except (FlowbufferError, OSError) as error:
+                detail = f"a folder is not delivered: {error}"
+                advice = f"chmod -R go-rwx {root}"
+                return Check(name="spool", result="fail", detail=detail, advice=advice)
+    return Check(name="spool", result="ok", detail=str(root))
+
+
+def _room(root: Path, settings: Settings) -> Iterator[Check]:
+    free = shutil.disk_usage(_nearest(root)).free
+    used = _used_bytes(root)
+    most = settings.max_spool_bytes
+    detail = (
+        f"{free / 2**20:.0f} MiB free; the spool has {used / 2**20:.0f} of {most / 2**20:.0f} MiB"
+    )
+    result: Literal["ok", "warn", "fail"] = "ok"
+    advice = ""
+    if free < _A_SEGMENT_BYTES or used >= most:
+        result, advice = "fail", f"deliver with: flowbuffer sync; or make room, or {MOVE_IT}"
+    elif free < most - used or used > 0.9 * most:
+        result = "warn"
+        advice = "with the server down for long it fills up; make room, or lower max_spool_bytes"
+    yield Check(name="room", result=result, detail=detail, advice=advice)
+
+
+def _used_bytes(root: Path) -> int:
+    try:
+        return Spool(root).used_bytes() if root.is_dir() else 0
+    except (FlowbufferError, OSError):
+        return 0  # told by another check
+
+
+def _left_over(root: Path) -> Iterator[Check]:
+    try:
+        found = status(Spool(root)) if root.is_dir() else None
+    except (FlowbufferError, OSError):
+        return  # told by another check
+    rows = [] if found is None else found.producers
+    runs = found is not None and found.collector_runs
+    left = sum(row.pending for row in rows if row.state != "alive")
+    refused = sum(row.rejected for row in rows)
+    damaged = [row.last_error for row in rows if row.state == "damaged"]
+    detail = f"{left} points wait for a process that delivers them"
+    if runs:
+        yield Check(name="left over", result="ok", detail="a collector process is at work")
+    elif left:
+        advice = "deliver them with: flowbuffer sync"
+        yield Check(name="left over", result="warn", detail=detail, advice=advice)
+    else:
+        yield Check(name="left over", result="ok", detail="nothing waits")
+    if refused:
+        detail = f"{refused} points were refused by the server, or damaged"
+        advice = "see why with: flowbuffer rejected"
+        yield Check(name="rejected", result="warn", detail=detail, advice=advice)
+    for error in damaged:
+        advice = "it is left alone; nothing else is affected"
+        yield Check(name="damaged", result="warn", detail=error, advice=advice)
+
+
+def _server(tracking_uri: str | None) -> Iterator[Check]:
+    try:
+        import mlflow
+    except ImportError as error:
+        yield Check(name="server", result="fail", detail=str(error), advice="pip install mlflow")
+        return
+    uri = absolute_uri(tracking_uri or mlflow.get_tracking_uri())
+    name = without_credentials(uri)
+    missing = _missing_file(uri)
+    if missing is not None:
+        yield Check(name="server", result="ok", detail=f"{name} will be made at {missing}")
+        return
+    yield _answers(Server(uri, _ANSWER_S / 2), uri)
+    if uri.startswith(("http://", "https://")):
+        yield from _clock(name)
+
+
+def _missing_file(uri: str) -> Path | None:
+    """Where a store of files would be made: looking at it would make it."""
+    scheme, _, rest = uri.partition("://")
+    if scheme.split("+")[0] not in ("sqlite", "file"):
+        return None
+    path = Path(rest.partition("?")[0].removeprefix("/" if scheme.startswith("sqlite") else ""))
+    return None if path.exists() else path
+
+
+def _answers(server: Server, uri: str) -> Check:
+    advice = "set MLFLOW_TRACKING_URI, or start the server; what is logged meanwhile is kept"
+
+    def ask() -> None:
+        server.ask(lambda client: client.search_experiments(max_results=1))
+
+    try:
+        warm_up(uri)
+        _within(_ANSWER_S, ask)
+    except UnauthorisedError as error:
+        advice = "renew the credentials (MLFLOW_TRACKING_TOKEN, or USERNAME and PASSWORD)"
+        detail = f"{server.name} refuses the credentials: {error}"
+    except TimeoutError:
+        detail = f"{server.name} did not answer within {_ANSWER_S:g} s"
+    except (TransportError, ImportError) as error:
+        detail = f"{server.name} does not answer as it should: {error}"
+    else:
+        return Check(name="server", result="ok", detail=f"{server.name} answers")
+    return Check(name="server", result="fail", detail=detail, advice=advice)
+
+
+def _within(seconds: float, ask: Callable[[], None]) -> None:
+    """Ask in a thread: some stores try for minutes.
+
+    Raises:
+        TimeoutError: It took longer.
+        Exception: What ``ask`` raised.
+    """
+    errors: list[Exception] = []
+
+    def answer() -> None:
+        try:
+            ask()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=answer, name="flowbuffer-doctor", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError
+    if errors:
+        raise errors[0]
+
+
+def _clock(uri: str) -> Iterator[Check]:
+    skew_s = _skew_s(uri)
+    if skew_s is None:
+        return  # no answer, which another check tells; or one without a date
+    detail = f"this machine's clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'}"
+    if abs(skew_s) > _SKEW_S:
+        advice = "synchronise the clock (NTP): points carry this machine's time"
+        detail += " the server's"
+        yield Check(name="clock", result="warn", detail=detail, advice=advice)
+    else:
+        yield Check(name="clock", result="ok", detail="as the server's, to the second")
+
+
+def _skew_s(uri: str) -> float | None:
+    """By how many seconds this machine's clock is ahead of the server's, to half a second."""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as response:
+            date = response.headers.get("Date")
+    except HTTPError as error:
+        date = error.headers.get("Date")
+        error.close()
+    except (OSError, ValueError):
+        return None
+    try:
+        server_s = parsedate_to_datetime(date).timestamp() + 0.5
+    except (TypeError, ValueError):
+        return None
+    return SYSTEM_CLOCK.now_ns() / 1e9 - server_s
+
+
+def _versions() -> Iterator[Check]:
+    said = [f"python {platform.python_version()}"]
+    for name in ("flowbuffer", "mlflow", "numpy", "azureml-mlflow"):
+        found = _version(name)
+        if found is not None:
+            said.append(f"{name} {found}")
+            if _leading_numbers(found) < _OLDEST.get(name, ()):
+                oldest = ".".join(map(str, _OLDEST[name]))
+                detail = f"{name} {found} is older than {oldest}"
+                advice = f"pip install '{name}>={oldest}'"
+                yield Check(name="versions", result="fail", detail=detail, advice=advice)
+    yield Check(name="versions", result="ok", detail=", ".join(said))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _leading_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+
+def _nearest(path: Path) -> Path:
+    """``path``, or what there is of it."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path

@@ -1,0 +1,177 @@
+"""``flowbuffer rejected``: the points that a server refused for good, and another try for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.errors import FlowbufferError, InvalidPoint
+from flowbuffer.settings import Settings
+from flowbuffer.spool.directory import Claim, Spool, has_producer
+from flowbuffer.spool.files import read_file, write_file
+from flowbuffer.spool.info import read_info
+from flowbuffer.spool.layout import FAILED
+from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.states import closed_outcome, dead_letters, has_dead_letters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Letter:
+    """A dead letter: a point that was refused, or bytes of the spool that could not be read.
+
+    Attributes:
+        run_id: The run.
+        producer: The producer's folder.
+        key, value, step, timestamp: Of the point, the timestamp in ms since the epoch; None for
+            what could not be read. A value that JSON has no number for is ``"nan"`` or ``"inf"``.
+        points: How many points it stands for.
+        reason: What the server said, or what is damaged.
+    """
+
+    run_id: str
+    producer: str
+    key: str | None
+    value: float | str | None
+    step: int | None
+    timestamp: int | None
+    points: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retried:
+    """What became of the dead letters of one producer.
+
+    Attributes:
+        run_id: The run.
+        producer: The producer's folder.
+        points: How many are on their way again.
+        kept: How many letters stay as they are.
+        reason: Why they stay; empty if none does.
+    """
+
+    run_id: str
+    producer: str
+    points: int
+    kept: int
+    reason: str = ""
+
+
+def rejected(spool: Spool, run_id: str | None = None) -> list[Letter]:
+    """The dead letters of a spool, or of one run, in the order in which each producer got them.
+
+    Raises:
+        SpoolError: They cannot be read.
+    """
+    return [
+        Letter(
+            run_id=_run_id(folder, letter),
+            producer=str(folder),
+            key=letter.get("key"),
+            value=letter.get("value"),
+            step=letter.get("step"),
+            timestamp=letter.get("timestamp"),
+            points=letter.get("points", 1),
+            reason=str(letter.get("reason", "")),
+        )
+        for folder in spool.folders(run_id)
+        for letter in dead_letters(folder)
+    ]
+
+
+def retry(spool: Spool, settings: Settings, run_id: str | None = None) -> list[Retried]:
+    """Put the points of dead letters into the spool again, with their own times.
+
+    Those of living producers, and what could not be read, stay. A letter is removed only once its
+    point is stored, so that an end in between leaves it in both places; MLflow keeps it once.
+
+    Raises:
+        SpoolFull: There is no room for them.
+    """
+    settings = settings.with_changes(when_full="raise")
+    return [_retry(spool, folder, settings) for folder in _folders_with_letters(spool, run_id)]
+
+
+def _folders_with_letters(spool: Spool, run_id: str | None) -> Iterator[Path]:
+    return (folder for folder in list(spool.folders(run_id)) if has_dead_letters(folder))
+
+
+def _retry(spool: Spool, folder: Path, settings: Settings) -> Retried:
+    try:
+        claim = spool.claim(folder)
+    except FlowbufferError as error:
+        return _all_kept(folder, str(error))
+    if claim is None:
+        living = has_producer(folder)
+        return _all_kept(
+            folder, "its process still runs" if living else "another process delivers it"
+        )
+    try:
+        lines = dict.fromkeys(read_file(folder / "rejected.jsonl", limit=1 << 30).splitlines())
+        points = {line: point for line in lines if (point := _point(line)) is not None}
+        refused = _store(spool, claim, points, settings)
+        kept = [line for line in lines if line not in points or line in refused]
+        if kept:
+            write_file(folder / "rejected.jsonl", b"".join(line + b"\n" for line in kept))
+        else:
+            (folder / "rejected.jsonl").unlink()
+        return Retried(
+            run_id=claim.info.run_id,
+            producer=str(folder),
+            points=len(lines) - len(kept),
+            kept=len(kept),
+            reason="what was damaged in the spool is no point" if kept else "",
+        )
+    finally:
+        claim.release()
+
+
+def _store(
+    spool: Spool, claim: Claim, points: dict[bytes, tuple[Any, ...]], settings: Settings
+) -> set[bytes]:
+    """Store these points as a new producer would; those that cannot be stored."""
+    refused: set[bytes] = set()
+    if not points:
+        return refused
+    directory = spool.add_producer(claim.info)
+    producer = Producer(directory, spool, settings, SYSTEM_CLOCK, lambda: None)
+    try:
+        for line, point in points.items():
+            try:
+                producer.append(*point)
+            except InvalidPoint:
+                refused.add(line)
+    finally:
+        producer.close(failed=closed_outcome(claim.path) == FAILED)
+        directory.lock.release()
+    return refused
+
+
+def _point(line: bytes) -> tuple[str, float, int, int] | None:
+    """The key, value, step and timestamp of a dead letter; None if it is no point."""
+    try:
+        letter = json.loads(line)
+        return letter["key"], float(letter["value"]), letter["step"], letter["timestamp"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _all_kept(folder: Path, why: str) -> Retried:
+    kept = sum(1 for _ in dead_letters(folder))
+    return Retried(
+        run_id=_run_id(folder, {}), producer=str(folder), points=0, kept=kept, reason=why
+    )
+
+
+def _run_id(folder: Path, letter: dict[str, Any]) -> str:
+    if "run_id" in letter:
+        return str(letter["run_id"])
+    try:
+        return read_info(folder).run_id
+    except FlowbufferError:
+        return unquote(folder.parent.name)

@@ -1,0 +1,161 @@
+"""``flowbuffer status``: who logs to a spool, and what of it waits for delivery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.credentials import redacted
+from flowbuffer.errors import FlowbufferError
+from flowbuffer.launcher import collector_lock
+from flowbuffer.spool.directory import Spool, has_producer
+from flowbuffer.spool.files import FileLock, check_private, read_file
+from flowbuffer.spool.info import read_info
+from flowbuffer.spool.states import closed_outcome, delivery_note, parked_reason, tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProducerStatus:
+    """A producer: one process logging to one run. What cannot be known is None.
+
+    Attributes:
+        folder: Its folder.
+        run_id, tracking_uri, host, pid, rank, local_rank, world_size, delivery: As in
+            ``ProducerInfo``.
+        state: ``alive``; ``closed``, it takes no more points; ``dead``, its process ended without
+            closing it, or all of it is settled; ``damaged``, see ``last_error``.
+        pending, delivered, rejected: Points.
+        oldest_s: The age of the oldest point that is pending, in s; None if none is.
+        last_error: What holds delivery up; empty if nothing is known to.
+    """
+
+    folder: str
+    run_id: str
+    state: str
+    host: str | None = None
+    pid: int | None = None
+    rank: int | None = None
+    local_rank: int | None = None
+    world_size: int | None = None
+    delivery: str | None = None
+    tracking_uri: str | None = None
+    pending: int = 0
+    delivered: int = 0
+    rejected: int = 0
+    oldest_s: float | None = None
+    last_error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpoolStatus:
+    """A spool.
+
+    Attributes:
+        spool: Its folder.
+        used_bytes: What it takes on the disk.
+        collector_runs: Whether a collector process is at work.
+        collector_pid: Its process id; None if none runs, or it has only just started.
+        producers: Ordered by folder, so by run.
+    """
+
+    spool: str
+    used_bytes: int
+    collector_runs: bool
+    collector_pid: int | None
+    producers: tuple[ProducerStatus, ...]
+
+
+def status(spool: Spool) -> SpoolStatus:
+    """What is in a spool now. Nothing in it is changed, and no server is asked."""
+    runs, pid = collector(spool.root)
+    rows = (producer_status(folder) for folder in spool.folders())
+    return SpoolStatus(
+        spool=str(spool.root),
+        used_bytes=spool.used_bytes(),
+        collector_runs=runs,
+        collector_pid=pid,
+        producers=tuple(row for row in rows if row is not None),
+    )
+
+
+def collector(root: Path) -> tuple[bool, int | None]:
+    """Whether a collector process works a spool, and its process id."""
+    path = collector_lock(root)
+    lock = FileLock.take(path)
+    if lock is not None:
+        lock.release()
+        return False, None
+    try:
+        text = read_file(path, limit=32)
+    except FileNotFoundError:
+        return False, None
+    return True, int(text) if text.isdigit() else None
+
+
+def producer_status(folder: Path) -> ProducerStatus | None:
+    """One producer's row; None if the folder is gone, because all of it is delivered."""
+    try:
+        check_private(folder.parent)
+        check_private(folder)
+        info = read_info(folder)
+        counts = _counts(folder)
+        if counts is None:
+            return None
+        closed = closed_outcome(folder) != 0
+        state = "closed" if closed else "alive" if has_producer(folder) else "dead"
+        return ProducerStatus(
+            folder=str(folder),
+            run_id=info.run_id,
+            state=state,
+            host=info.host,
+            pid=info.pid,
+            rank=info.rank,
+            local_rank=info.local_rank,
+            world_size=info.world_size,
+            delivery=info.delivery,
+            tracking_uri=info.tracking_uri,
+            last_error=_last_error(folder),
+            **counts,
+        )
+    except (FlowbufferError, OSError) as error:
+        if not folder.exists():
+            return None
+        return _refused(folder, str(error))
+
+
+def _refused(folder: Path, why: str) -> ProducerStatus:
+    try:
+        counts = _counts(folder) or {}
+    except (FlowbufferError, OSError):
+        counts = {}
+    return ProducerStatus(
+        folder=str(folder),
+        run_id=unquote(folder.parent.name),
+        state="damaged",
+        last_error=why,
+        **counts,
+    )
+
+
+def _counts(folder: Path) -> dict[str, Any] | None:
+    found = tally(folder)
+    if found is None:
+        return None
+    age_s = None
+    if found.oldest_ms is not None:
+        age_s = max(SYSTEM_CLOCK.now_ns() / 1e9 - found.oldest_ms / 1e3, 0.0)
+    return {
+        "pending": found.pending,
+        "delivered": found.delivered,
+        "rejected": found.rejected,
+        "oldest_s": age_s,
+    }
+
+
+def _last_error(folder: Path) -> str:
+    kept = [f"{path.name} could not be read" for path in sorted(folder.glob("*.damaged"))]
+    said = (parked_reason(folder), delivery_note(folder).get("last_error"), *kept)
+    return redacted("; ".join(dict.fromkeys(str(text) for text in said if text)))

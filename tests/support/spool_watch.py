@@ -1,0 +1,57 @@
+"""A spool seen from outside: what is left in it, and its collector process, also where what stands
+in the place of its files is planted."""
+
+import fcntl
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from support.waiting import wait_until
+
+
+def is_free(spool: Path) -> bool:
+    """Whether no process holds the lock of the collector process."""
+    try:
+        descriptor = os.open(spool / "collector.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def worker_pid(spool: Path) -> int | None:
+    """The pid of the collector process that serves a spool; None while there is none."""
+    if is_free(spool):
+        return None
+    said = (spool / "collector.lock").read_text()
+    if not said.isdecimal():
+        return None
+    ps = ["ps", "-ww", "-o", "command=", "-p", said]
+    command = subprocess.run(ps, capture_output=True, text=True, check=False).stdout
+    ours = f"flowbuffer.collector_process {spool} " in command
+    return int(said) if ours else None  # else it is the pid of the one before
+
+
+def end_worker(spool: Path) -> None:
+    """End the collector process of a spool, if there is one. Whoever logged has ended."""
+
+    def gone() -> bool:
+        pid = worker_pid(spool)
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return is_free(spool)
+
+    wait_until(gone)
+
+
+def is_empty(spool: Path) -> bool:
+    """Whether no folder of a producer is left."""
+    return not any(path.is_dir() for path in spool.glob("*/*"))
