@@ -17,9 +17,9 @@ import pytest
 
 from flowbuffer import SettingError, Settings
 from support.backends import make_run
+from support.collectors import end_collector, is_empty, is_free
 from support.jobs import StartJob, Store
 from support.many_processes import run
-from support.spool_watch import end_worker, is_empty, is_free
 from support.waiting import wait_until
 
 WHO = 100_000
@@ -48,7 +48,7 @@ def by_process(spool: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A collector process delivers, and does not outlive the test."""
     monkeypatch.setenv("FLOWBUFFER_DELIVERY", "process")
     yield
-    end_worker(spool)
+    end_collector(spool)
 
 
 def launched(script: Path, code: str, launcher: list[str], uri: str, **environment: str) -> str:
@@ -229,7 +229,7 @@ def test_a_child_does_not_wait(start_job: StartJob, tmp_path: Path) -> None:
     )
     ended = job.end()
     assert ended.status == 0, ended.err
-    end_worker(tmp_path / "spool")
+    end_collector(tmp_path / "spool")
     left = sum(path.read_bytes().count(b"\x17") for path in tmp_path.glob("spool/*/*/*.slots"))
     assert left >= POINTS
 

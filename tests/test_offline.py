@@ -144,7 +144,7 @@ def test_a_failure_is_remembered(
     """A created run of which the failed part was delivered first, beside a process that still
     runs, ends as failed when the rest comes."""
     leave(spool, "far", NOWHERE, end="killed", delivery=OFFLINE)
-    living = leave(spool, "far", NOWHERE, end="alive", delivery=OFFLINE)
+    living = leave(spool, "far", NOWHERE, end="alive", delivery=OFFLINE, start_ms=5)
     code, counts = sync(capsys, spool, "--tracking-uri", sqlite_uri)
     assert (code, counts) == (1, "delivered 100, rejected 0, pending 100")
     run_id = the_created(sqlite_uri)

@@ -40,7 +40,7 @@ from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from flowbuffer.transport import Request
-from support.spool_watch import end_worker, is_empty, worker_pid
+from support.collectors import collector_pid, end_collector, is_empty
 from support.waiting import wait_until
 
 RUN = "0123456789abcdef0123456789abcdef"
@@ -778,7 +778,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Program
         if process.poll() is None:
             process.kill()
         process.communicate()
-    end_worker(made.spool)
+    end_collector(made.spool)
 
 
 def grep(spool: Path, *secrets: str) -> list[Path]:
@@ -832,14 +832,14 @@ def test_a_collector_process_and_a_spool_full_of_attacks(
             (place / f"{module}.py").write_text(MARK)
     job = program.start(LOGS, server.uri, MARK=str(outside / "made"))
     job.stdout.readline()
-    pid = wait_until(lambda: worker_pid(program.spool))
+    pid = wait_until(lambda: collector_pid(program.spool))
     expected = [float(index) for index in range(100)]
     wait_until(lambda: server.values("loss") == expected)
     wait_until(lambda: server.values("b") == server.values("c") == site.whole, timeout_s=20)
     with Path(f"/proc/{pid}/status").open() as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     assert peak < 600 * 1024, f"{peak // 1024} MiB"
-    assert worker_pid(program.spool) == pid, (program.spool / "collector.log").read_text()
+    assert collector_pid(program.spool) == pid, (program.spool / "collector.log").read_text()
     program.end(job)
 
 
@@ -863,21 +863,20 @@ def test_no_module_beside_the_job_is_imported(
     os.chdir(here)
     job = program.start(LOGS, server.uri, *arguments, MARK=str(mark))
     job.stdout.readline()
-    wait_until(lambda: worker_pid(program.spool))
+    wait_until(lambda: collector_pid(program.spool))
     wait_until(lambda: len(server.values("loss")) == 100)
     program.end(job)
     assert not mark.exists(), mark.read_text()
 
 
 @pytest.mark.parametrize("plant", [link, pipe, open_to_all])
-@pytest.mark.parametrize("name", ["collector.lock", "collector.log"])
-def test_a_planted_file_of_the_collector_process(
-    name: str, plant: Plant, program: Program, server: HttpServer, outside: Path
+def test_a_planted_lock_of_the_collector_process(
+    plant: Plant, program: Program, server: HttpServer, outside: Path
 ) -> None:
-    """Without a collector process, because of what stands in the place of its files, a job says so
+    """Without a collector process, because of what stands in the place of its lock, a job says so
     and delivers its points itself; once that is gone a collector process starts."""
     Spool(program.spool)
-    plant(program.spool / name, outside)
+    plant(program.spool / "collector.lock", outside)
     with untouched(outside):
         job = program.start(
             LOGS + "    logger.flush()\n    print('flushed', flush=True)\n"
@@ -889,10 +888,25 @@ def test_a_planted_file_of_the_collector_process(
         job.stdin.flush()
         assert job.stdout.readline() == "flushed\n"
         assert len(server.values("loss")) == 100
-        assert worker_pid(program.spool) is None
-        (program.spool / name).unlink()
-        wait_until(lambda: worker_pid(program.spool), timeout_s=8)
+        assert collector_pid(program.spool) is None
+        (program.spool / "collector.lock").unlink()
+        wait_until(lambda: collector_pid(program.spool))
         assert "no collector process can be started" in program.end(job)
+
+
+@pytest.mark.parametrize("plant", [link, pipe, open_to_all])
+def test_a_planted_log_of_the_collector_process(
+    plant: Plant, program: Program, server: HttpServer, outside: Path
+) -> None:
+    """What stands in the place of its log is not written to, and keeps no collector from work."""
+    Spool(program.spool)
+    plant(program.spool / "collector.log", outside)
+    with untouched(outside):
+        job = program.start(LOGS + "    sys.stdin.readline()\n", server.uri)
+        job.stdout.readline()
+        wait_until(lambda: len(server.values("loss")) == 100)
+        assert collector_pid(program.spool) is not None
+        program.end(job)
 
 
 @pytest.mark.parametrize("content", ["0", "-1", "9" * 18, "9" * 30, "x", "1e3", ""])
@@ -975,7 +989,7 @@ def test_credentials_are_not_written(way: str, program: Program, server: HttpSer
         "token": {"MLFLOW_TRACKING_TOKEN": TOKEN},
         "uri": {},
     }[way]
-    secrets = (PASSWORD, TOKEN, f"{USER}:{PASSWORD}")
+    secrets = (TOKEN,) if way == "token" else (PASSWORD, BASIC.removeprefix("Basic "))
     uri = server.uri if way != "uri" else f"http://{USER}:{PASSWORD}@{server.host}"
     port = server._server.server_address[1]
     server.__exit__()  # gone at first
@@ -984,11 +998,11 @@ def test_credentials_are_not_written(way: str, program: Program, server: HttpSer
     note = wait_until(lambda: next(program.spool.glob("*/*/delivery.json"), None))
     wait_until(lambda: json.loads(note.read_text())["last_error"])
     while_gone = grep(program.spool, *secrets)
-    pid = wait_until(lambda: worker_pid(program.spool))
+    pid = wait_until(lambda: collector_pid(program.spool))
     command = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True)
     assert not any(secret.encode() in command.stdout for secret in secrets)
     restarted = HttpServer(
-        lambda headers: (500, f"not with {headers['Authorization']}, {PASSWORD} or {TOKEN}")
+        lambda headers: (500, f"not with {headers['Authorization']}, that is {secrets[0]}")
     )
     with at_port(restarted, port):
         wait_until(lambda: len(restarted.authorizations) >= 2)
@@ -1055,7 +1069,7 @@ def test_a_fresh_token_takes_over(program: Program, server: HttpServer) -> None:
     first = program.start(LOGS, server.uri, MLFLOW_TRACKING_TOKEN=expired)
     first.stdout.readline()
     wait_until(lambda: f"Bearer {expired}" in server.authorizations)
-    old = wait_until(lambda: worker_pid(program.spool))
+    old = wait_until(lambda: collector_pid(program.spool))
     second = program.start(
         LOGS.replace("loss", "second"), server.uri, MLFLOW_TRACKING_TOKEN=fresh, RUN=OTHER_RUN
     )
@@ -1063,7 +1077,7 @@ def test_a_fresh_token_takes_over(program: Program, server: HttpServer) -> None:
     expected = [float(index) for index in range(100)]
     wait_until(lambda: server.values("second") == expected, timeout_s=25)
     wait_until(lambda: server.values("loss") == expected, timeout_s=25)
-    assert worker_pid(program.spool) != old
+    assert collector_pid(program.spool) != old
     assert grep(program.spool, TOKEN) == []
     for job in (first, second):
         program.end(job)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flowbuffer.errors import (
+    DoubtfulError,
     RejectedError,
     RetriableError,
     RunGoneError,
@@ -326,3 +327,30 @@ def test_a_long_journal_ends_its_segment(tmp_path: Path) -> None:
     assert len(spool.history("j")) == 100
     assert spool.source.reader.delivered == 100 * 6001
     assert spool.spool.used_bytes() < 1 << 20
+
+
+def test_a_doubtful_error_is_tried_again_before_it_is_believed(tmp_path: Path) -> None:
+    """MLflow's BAD_REQUEST is what an exhausted connection pool says, too: it passes, and no point
+    is rejected for it."""
+    spool = SmallSpool(tmp_path / "spool", segment_slots=64, max_batch_size=8)
+    answers = [DoubtfulError("400 BAD_REQUEST: QueuePool limit")] * 5
+    spool.transport.decide = lambda _: answers.pop() if answers else None
+    for value in range(20):
+        spool.producer.append("k", float(value))
+    spool.deliver()
+    assert spool.values("k") == [float(value) for value in range(20)]
+    assert list(dead_letters(spool.directory.path)) == []
+
+
+def test_a_doubtful_error_that_stays_is_believed(tmp_path: Path) -> None:
+    """A point that MLflow's database never takes is a dead letter in the end, and it alone."""
+    spool = SmallSpool(tmp_path / "spool", segment_slots=64, max_batch_size=8)
+    spool.transport.decide = unless(
+        lambda request: 7.0 in request.values, DoubtfulError("400 BAD_REQUEST: out of range")
+    )
+    for value in range(20):
+        spool.producer.append("k", float(value))
+    spool.deliver(3600)
+    assert spool.values("k") == [float(value) for value in range(20) if value != 7]
+    assert [letter["value"] for letter in dead_letters(spool.directory.path)] == [7.0]
+    assert len(spool.transport.requests) < 40

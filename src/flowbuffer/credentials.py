@@ -16,6 +16,9 @@ _SECRET_FIELD = re.compile(
     r"(?<=[?&])[^=&\s]*(?:pass|pwd|token|secret|user|key|odbc)[^=&\s]*=[^&#\s]*&?", re.I
 )
 
+#: The value of an Authorization header (RFC 7617, RFC 6750), as a server may echo it.
+_AUTHORIZATION = re.compile(r"\b(Basic|Bearer)\s+[\w.~+/-]+=*", re.I)
+
 _passwords: set[str] = set()
 
 
@@ -39,6 +42,7 @@ def hide(tracking_uri: str) -> None:
 def redacted(text: str) -> str:
     """What a server, or the way to it, said, without the credentials that this process has."""
     text = _DATABASE_USER_INFO.sub("", _USER_INFO.sub("", text))
+    text = _AUTHORIZATION.sub(r"\1 ***", text)
     for secret in sorted(_passwords | environment_secrets(), key=len, reverse=True):
         if len(secret) >= _SHORTEST:
             text = text.replace(secret, "***")

@@ -1,31 +1,57 @@
-"""The collector process of a spool: whether it runs, and its end."""
+"""A spool seen from outside: what is left in it, and its collector process, also where what stands
+in the place of its files is planted."""
 
+import fcntl
 import os
 import signal
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from flowbuffer.launcher import collector_lock
-from flowbuffer.spool.files import FileLock
 from support.waiting import wait_until
 
 
-def collector_pid(root: Path) -> int | None:
-    """The pid of the collector process that works a spool; None if none does."""
-    path = collector_lock(root)
-    lock = FileLock.take(path)
-    if lock is not None:
-        lock.release()
-        return None
-    if not path.exists():
-        return None
-    wait_until(lambda: path.read_text() != "")
-    return int(path.read_text())
+def is_free(spool: Path) -> bool:
+    """Whether no process holds the lock of the collector process."""
+    try:
+        descriptor = os.open(spool / "collector.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
-def end_collector(root: Path) -> None:
-    """Kill the collector process of a spool, and any that is started in its place."""
-    while (pid := collector_pid(root)) is not None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: collector_pid(root) is None or collector_pid(root) != pid)
+def collector_pid(spool: Path) -> int | None:
+    """The pid of the collector process that serves a spool; None while there is none."""
+    if is_free(spool):
+        return None
+    said = (spool / "collector.lock").read_text()
+    if not said.isdecimal():
+        return None
+    ps = ["ps", "-ww", "-o", "command=", "-p", said]
+    command = subprocess.run(ps, capture_output=True, text=True, check=False).stdout
+    ours = "flowbuffer.collector_process" in command and str(spool) in command
+    return int(said) if ours else None  # else the pid is planted
+
+
+def end_collector(spool: Path) -> None:
+    """Kill the collector process of a spool, if there is one, and any that takes its place."""
+
+    def gone() -> bool:
+        pid = collector_pid(spool)
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return is_free(spool)
+
+    wait_until(gone)
+
+
+def is_empty(spool: Path) -> bool:
+    """Whether no folder of a producer is left."""
+    return not any(path.is_dir() for path in spool.glob("*/*"))

@@ -26,7 +26,7 @@ from support.backends import (
     new_sqlite,
     working_directory,
 )
-from support.spool_watch import end_worker, is_empty
+from support.collectors import end_collector, is_empty
 from support.waiting import wait_until
 
 KEYS = 10
@@ -99,7 +99,7 @@ def run(
             if worker.poll() is None:
                 worker.kill()
             worker.communicate()
-        end_worker(spool)
+        end_collector(spool)
     return check(read_uri or uri, run_id, processes, points), seconds
 
 
