@@ -187,7 +187,7 @@ def test_one_for_all_that_log(start_job: StartJob, store: Store, tmp_path: Path)
     jobs = [start_job(code, **PROCESS) for _ in range(4)]
     for job in jobs:
         job.expect("ready")
-    pid = collector_pid(tmp_path / "spool")
+    pid = wait_until(lambda: collector_pid(tmp_path / "spool"))
     assert pid is not None
     assert os.getsid(pid) not in {os.getsid(job.process.pid) for job in jobs}
     for number, job in enumerate(jobs):
@@ -224,7 +224,7 @@ def test_a_dead_collector_is_replaced(start_job: StartJob, store: Store, tmp_pat
     )
     job.expect("first")
     wait_until(lambda: store.values("before"))
-    pid = collector_pid(tmp_path / "spool")
+    pid = wait_until(lambda: collector_pid(tmp_path / "spool"))
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     job.tell("go on")

@@ -233,6 +233,7 @@ class Collector:
     def forget_after_fork(self) -> None:
         """In a forked child: the thread is gone, and locks may be held by nobody."""
         self._wake = threading.Event()
+        self._step_lock = threading.RLock()
         self.streams.clear()
         self._thread = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -82,6 +83,7 @@ class DeliveryHere:
         from flowbuffer.collector import collector_of  # it imports NumPy
 
         self._uri = tracking_uri
+        self._pid = os.getpid()
         self._collector: Collector = collector_of(settings)
         self.spool = self._collector.spool
 
@@ -90,6 +92,8 @@ class DeliveryHere:
         self._collector.start()
 
     def push(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child waits for a point of its parent, which delivers it
         if not self._collector.has_thread:
             self._collector.drain()
         self._collector.hurry()
@@ -113,6 +117,7 @@ class DeliveryByProcess:
     def __init__(self, settings: Settings, tracking_uri: str) -> None:
         self._settings = settings
         self._uri = tracking_uri
+        self._pid = os.getpid()
         self.spool = Spool(settings.resolved_spool_dir())
         self._launcher = launcher_of(settings, tracking_uri)
         self._folder: Path | None = None
@@ -131,6 +136,8 @@ class DeliveryByProcess:
         from flowbuffer.collector import collector_of
 
         assert self._folder is not None
+        if os.getpid() != self._pid:
+            return  # as above
         now_s = SYSTEM_CLOCK.monotonic_s()
         collector = collector_of(self._settings)
         if self._here is None or self._here not in collector.streams:

@@ -1,12 +1,14 @@
 """Jobs: real processes that log and end, and a look at what their store holds meanwhile."""
 
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,7 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         self.said = ""
 
@@ -80,8 +83,10 @@ class Job:
         return Ended(self.process.returncode, self.said + out, err, seconds)
 
     def kill(self) -> None:
+        """End it, and its children with it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         if self.process.poll() is None:
-            self.process.kill()
             self.process.communicate()
 
 
