@@ -362,7 +362,7 @@ class MetricLogger:
                 if progress:
                     shown.show(now_s - start_s)
                 # A look costs CPU time, so a long wait looks seldom.
-                pause_s = min(max(0.001, 0.1 * (now_s - start_s)), 0.25)
+                pause_s = min(max(0.001, 0.1 * (now_s - start_s)), 0.5)
                 SYSTEM_CLOCK.sleep(
                     pause_s if deadline_s is None else min(pause_s, max(deadline_s - now_s, 0))
                 )
