@@ -4,9 +4,9 @@
 
 The logging process: with process delivery to a local server, from the first call until everything
 is delivered, against bare calls in turn with it (``offline``). The collector process: its CPU time
-meanwhile, against a loop of ``MlflowClient.log_batch`` with the same batches of 1000 in a process of
-its own. Targets: at most 1.5 times the bare calls, and at most 3 us a point beyond ``log_batch``; the
-exit status is 1 if not.
+meanwhile, against a loop of ``MlflowClient.log_batch`` with the same batches of 1000 in a process
+of its own. Targets: at most 1.5 times the bare calls, and at most 3 us a point beyond
+``log_batch``; the exit status is 1 if not.
 """
 
 import argparse
