@@ -11,11 +11,14 @@ import pytest
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.collector import Collector
 from flowbuffer.collector_process import Shift
+from flowbuffer.delivery import DeliveryByProcess
 from flowbuffer.errors import RetriableError, RunGoneError, UnauthorisedError
+from flowbuffer.launcher import Launcher
 from flowbuffer.settings import collector_environment
 from flowbuffer.spool.directory import ProducerDirectory, Spool
 from flowbuffer.spool.info import this_producer
 from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.reader import Reader
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import MlflowServer, history, make_run
 from support.collectors import collector_pid, end_collector
@@ -249,6 +252,29 @@ def test_whoever_waits_needs_no_collector(
     assert logger.close().delivered == 10
     assert [m.value for m in history(sqlite_uri, run_id, "loss")] == [-float(s) for s in range(10)]
     assert len([r for r in caplog.records if "no collector process" in r.getMessage()]) == 1
+
+
+def test_what_holds_it_up_is_told_where_it_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process that logs says once what holds up the collector process, and what to do where
+    the credentials are refused; and that it goes on."""
+    monkeypatch.setattr(Launcher, "_start", lambda _, lock: lock.release())
+    delivery = DeliveryByProcess(Settings(spool_dir=tmp_path / "spool"), "http://host")
+    directory = delivery.spool.add_producer(this_producer("run", "http://host", 0))
+    delivery.begin(directory.path)
+    reader = Reader(directory.path, ManualClock(), alive=True)
+    for note in [{"last_error": ""}, *[{"last_error": "401 no", "unauthorised": True}] * 3]:
+        reader.note(note)
+        delivery._tell()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "401 no" in said
+    assert "FLOWBUFFER_DELIVERY=thread" in said
+    reader.note({"last_error": ""})
+    delivery._tell()
+    assert "delivery goes on" in caplog.records[-1].getMessage()
+    delivery.end()
+    directory.lock.release()
 
 
 def test_the_server_is_down_at_the_end(

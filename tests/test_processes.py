@@ -64,11 +64,14 @@ def test_a_forked_child_is_a_producer_of_its_own(start_job: StartJob, store: Sto
     assert sorted(store.values("last")) == [0.0, 1.0, 2.0]
 
 
-def test_a_child_waits_for_a_point_of_its_parent(start_job: StartJob) -> None:
-    """A handle that the parent made can be waited for in a forked child."""
+@pytest.mark.parametrize("delivery", ["thread", "process"])
+def test_a_child_waits_for_a_point_of_its_parent(start_job: StartJob, delivery: str) -> None:
+    """A handle that the parent made can be waited for in a forked child, which leaves delivery to
+    its parent's collector."""
     job = start_job(
-        """
-        logger = MetricLogger(RUN, settings=Settings.from_env(linger_s=3600))
+        f"""
+        settings = Settings.from_env(linger_s=3600, delivery={delivery!r})
+        logger = MetricLogger(RUN, settings=settings)
         handle = logger.log_metric("loss", 1.0)
         pid = os.fork()
         if pid == 0:
