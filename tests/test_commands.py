@@ -187,7 +187,10 @@ def test_status_is_watched_until_ctrl_c(spool: Path) -> None:
         assert line, shown
         shown += line
     process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=20)
+    try:
+        rest, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert process.returncode == 0, err
     assert "\x1b[2J" not in shown + rest
 

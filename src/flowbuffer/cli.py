@@ -289,17 +289,26 @@ def _print(content: Any) -> None:
 
 
 def _watch(draw: Callable[[], Any]) -> None:
+    import signal
+
     from rich.live import Live
 
     from flowbuffer.clock import SYSTEM_CLOCK
 
-    try:
-        with Live(draw(), auto_refresh=False) as live:
-            while True:
-                SYSTEM_CLOCK.sleep(_WATCH_EVERY_S)
+    stopped = False
+
+    def stop(*_: object) -> None:  # a KeyboardInterrupt in a finalizer would be ignored
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGINT, stop)
+    drawn_s = SYSTEM_CLOCK.monotonic_s()
+    with Live(draw(), auto_refresh=False) as live:
+        while not stopped:
+            SYSTEM_CLOCK.sleep(0.1)
+            if SYSTEM_CLOCK.monotonic_s() - drawn_s >= _WATCH_EVERY_S:
+                drawn_s = SYSTEM_CLOCK.monotonic_s()
                 live.update(draw(), refresh=True)
-    except KeyboardInterrupt:
-        pass
 
 
 def _print_json(document: Any) -> None:

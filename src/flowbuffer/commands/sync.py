@@ -334,7 +334,7 @@ class _Sync:
             _want_all(target)
         if own or target.info.to_json() not in self._places:
             return
-        if has_producer(folder) or _is_held(folder):
+        if has_producer(folder) or FileLock.is_held(folder / "reader.lock"):
             target.untaken_since_s = None
             parked = parked_reason(folder)
             known = target.info.delivery != OFFLINE and now_s - self._start_s > _OLD_NEWS_S
@@ -454,15 +454,6 @@ def _goes_on(folder: Path) -> bool:
         return True
     found = tally(folder)
     return found is not None and found.pending > 0
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether another process delivers a folder."""
-    lock = FileLock.take(folder / "reader.lock")
-    if lock is not None:
-        lock.release()
-        return False
-    return (folder / "reader.lock").exists()
 
 
 def _is_newer(path: Path, start_ns: int) -> bool:

@@ -41,20 +41,15 @@ class Claim:
 
     path: Path
     info: ProducerInfo
-    _reader_lock: FileLock
-    _producer_lock: FileLock | None = None  # held once its producer is dead
+    lock: FileLock
 
     def producer_died(self) -> bool:
         """Whether no producer writes to the folder any more."""
-        if self._producer_lock is None:
-            self._producer_lock = FileLock.take(self.path / "producer.lock", create=True)
-        return self._producer_lock is not None
+        return not has_producer(self.path)
 
     def release(self) -> None:
         """Leave the folder to others."""
-        for lock in (self._producer_lock, self._reader_lock):
-            if lock is not None:
-                lock.release()
+        self.lock.release()
 
     def remove(self) -> None:
         """Delete the folder, and the run's when it was the last one."""
@@ -167,12 +162,21 @@ class Spool:
                 try:
                     if time.time() - folder.stat().st_mtime < _UNFINISHED_FOR_S:
                         continue
-                    lock = FileLock.take(folder / "producer.lock", create=True)
-                    if lock is not None:
-                        _delete(folder)
-                        lock.release()
+                    # The first is held by who makes a folder, the second by who deletes one.
+                    self._sweep(folder, ["producer.lock", "reader.lock"])
                 except OSError:
                     continue  # another process was faster
+
+    def _sweep(self, folder: Path, locks: list[str]) -> None:
+        if not locks:
+            _delete(folder)
+            return
+        lock = FileLock.take(folder / locks[0], create=True)
+        if lock is not None:
+            try:
+                self._sweep(folder, locks[1:])
+            finally:
+                lock.release()
 
     def used_bytes(self) -> int:
         """The bytes of all files in the spool, whoever wrote them."""
@@ -188,11 +192,7 @@ class Spool:
 
 def has_producer(folder: Path) -> bool:
     """Whether the producer of a folder lives."""
-    lock = FileLock.take(folder / "producer.lock")
-    if lock is None:
-        return (folder / "producer.lock").exists()
-    lock.release()
-    return False
+    return FileLock.is_held(folder / "producer.lock")
 
 
 def escaped(name: str) -> str:

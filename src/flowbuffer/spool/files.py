@@ -45,6 +45,26 @@ class FileLock:
         os.close(descriptor)
         return None
 
+    @staticmethod
+    def is_held(path: Path) -> bool:
+        """Whether a process holds the lock of the file at ``path``. Any number may ask at once.
+
+        Raises:
+            SpoolError, OSError: As :func:`open_file`, but for a file that is not there.
+        """
+        try:
+            descriptor = open_file(path, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child may have the descriptor, too
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+
     def release(self) -> None:
         """Let go; doing so again does nothing."""
         if self.descriptor >= 0:
