@@ -237,7 +237,7 @@ def test_rejected_points_of_others_stay(spool: Path, ask: Ask) -> None:
     folder = refuse(spool, 1.5)
     claim = Spool(spool).claim(folder)
     assert claim is not None
-    assert ask("rejected", "--retry")[1][0]["reason"] == "its process still runs"
+    assert ask("rejected", "--retry")[1][0]["reason"] == "another process delivers it"
     claim.release()
     assert ask("rejected", "--retry")[1][0]["points"] == 1
 
