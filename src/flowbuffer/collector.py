@@ -326,6 +326,7 @@ class Collector:
             try:
                 stream.claim.remove()
             except OSError as error:
+                stream.claim.release()
                 _log.warning("%s cannot be removed: %s", stream.claim.path, error)
         stream.done = True
 
