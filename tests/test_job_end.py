@@ -285,7 +285,7 @@ def test_a_dead_server_holds_up_no_exit(start_job: StartJob, tmp_path: Path, end
     job.expect("ending")
     ended = job.end()
     assert ended.status == status, ended.err
-    assert ended.seconds < timeout_s + 2
+    assert ended.seconds < timeout_s + 5  # busy machines
     lines = [line for line in ended.err.splitlines() if line.startswith("flowbuffer:")]
     assert len(lines) == 1, ended.err
     assert f"{POINTS} points" in lines[0]
