@@ -21,7 +21,7 @@ from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.reader import Reader
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import MlflowServer, history, make_run
-from support.collectors import collector_pid, end_collector
+from support.collectors import collector_pid, end_collector, is_free
 from support.faults import FaultProxy, forward, reset
 from support.jobs import StartJob, Store
 from support.waiting import wait_until
@@ -208,7 +208,7 @@ def test_one_for_all_that_log(start_job: StartJob, store: Store, tmp_path: Path)
         ended = job.end()
         assert ended.status == 0, ended.err
         assert ended.err == ""
-    wait_until(lambda: collector_pid(tmp_path / "spool") is None)
+    wait_until(lambda: is_free(tmp_path / "spool"))
 
 
 def test_a_dead_collector_is_replaced(start_job: StartJob, store: Store, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_dead_collector_is_replaced(start_job: StartJob, store: Store, tmp_pat
     job.tell("go on")
     job.expect("second")
     wait_until(lambda: store.values("after"))
-    assert collector_pid(tmp_path / "spool") not in (None, pid)
+    assert wait_until(lambda: collector_pid(tmp_path / "spool")) != pid
     job.tell("end")
     assert job.end().status == 0
 
@@ -300,7 +300,7 @@ def test_the_server_is_down_at_the_end(
         assert "flowbuffer sync --spool" in ended.err
         assert "the collector process goes on" in ended.err
         proxy.always(forward)
-        wait_until(lambda: collector_pid(tmp_path / "spool") is None, timeout_s=60)
+        wait_until(lambda: is_free(tmp_path / "spool"), timeout_s=60)
     assert [m.value for m in history(server_sqlite.uri, run_id, "loss")] == [
         -float(step) for step in range(1000)
     ]

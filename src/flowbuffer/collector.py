@@ -18,7 +18,7 @@ from typing import NamedTuple
 from flowbuffer.clock import SYSTEM_CLOCK, Clock, Event
 from flowbuffer.credentials import without_credentials
 from flowbuffer.errors import SpoolError
-from flowbuffer.sender import Sender, Source
+from flowbuffer.sender import WINDOW_POINTS, Sender, Source
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
@@ -37,6 +37,7 @@ QUIET_S = 2.0
 ADOPT_EVERY_S = 5.0
 #: How often it is tested whether a producer lives, in s.
 _TEST_EVERY_S = 0.1
+_STOPGAP_WINDOW_POINTS = 4096
 #: How many connections to servers that nobody uses any more are kept.
 _IDLE_TRANSPORTS = 4
 
@@ -99,6 +100,8 @@ class Collector:
         destinations: Of the folders that are found in the spool.
         living: Take the folders of living producers, too, if their setting is
             ``delivery="process"``.
+        stopgap: Deliver until another collector is there to take over: one request at a time, as
+            others may do the same, and little read ahead.
         wake: Ends a wait between two steps.
     """
 
@@ -111,6 +114,7 @@ class Collector:
         destinations: Destinations = as_logged,
         *,
         living: bool = False,
+        stopgap: bool = False,
         wake: Event | None = None,
     ) -> None:
         self.spool = spool
@@ -120,6 +124,7 @@ class Collector:
         self._connect = connect
         self._destinations = destinations
         self._living = living
+        self._stopgap = stopgap
         self._transports: dict[tuple[str, Settings], Transport] = {}
         self._senders: dict[Destination, Sender] = {}
         self._uris: dict[str, str] = {}  # with credentials, by the URI without
@@ -253,6 +258,8 @@ class Collector:
     def _serve(self, claim: Claim, destination: Destination) -> Stream:
         try:
             settings = self._settings.with_delivery(claim.info.settings)
+            if self._stopgap:
+                settings = settings.with_changes(max_in_flight=1)
             sender = self._sender(destination, settings)
             adopted = claim.producer_died()
             reader = Reader(claim.path, self._clock, alive=not adopted)
@@ -296,7 +303,14 @@ class Collector:
             if (uri, settings) not in self._transports:
                 self._transports[uri, settings] = self._connect(uri, settings, self._clock)
             transport = self._transports[uri, settings]
-            self._senders[at] = Sender(at.run_id, transport, settings, self._clock, self.hurry)
+            self._senders[at] = Sender(
+                at.run_id,
+                transport,
+                settings,
+                self._clock,
+                self.hurry,
+                window_points=_STOPGAP_WINDOW_POINTS if self._stopgap else WINDOW_POINTS,
+            )
         return self._senders[at]
 
     def _tend(self, stream: Stream, now_s: float) -> None:
@@ -362,7 +376,7 @@ _collectors_lock = threading.RLock()
 def collector_of(settings: Settings) -> Collector:
     """This process's collector of a spool; one for all loggers with the same settings.
 
-    With ``delivery="process"`` it delivers only what it is given.
+    With ``delivery="process"`` it delivers only what it is given, as a stopgap.
 
     Raises:
         SpoolError: The spool cannot be used.
@@ -376,6 +390,7 @@ def collector_of(settings: Settings) -> Collector:
                 settings,
                 SYSTEM_CLOCK,
                 destinations=nothing if given_only else as_logged,
+                stopgap=given_only,
             )
         return _collectors[root, settings]
 

@@ -144,6 +144,7 @@ def main() -> None:
     settings = Settings.from_env()
     spool = Spool(root)
     while lock is not None:
+        _import_stores(spool)
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, str(os.getpid()).encode(), 0)
         superseded = _serve(spool, settings, wake)
@@ -159,7 +160,6 @@ def _serve(spool: Spool, settings: Settings, wake: WakeUp) -> bool:
     uri = handed_on_uri()
     if uri is not None:
         collector.know(uri)
-    _import_stores(spool)
     shift = Shift(collector, SYSTEM_CLOCK, settings.drain_timeout_s, handed_on_ms())
     while True:
         next_s = collector.step()
@@ -170,8 +170,8 @@ def _serve(spool: Spool, settings: Settings, wake: WakeUp) -> bool:
 
 
 def _import_stores(spool: Spool) -> None:
-    """Import what delivery needs before any folder is claimed: until then a job that ends can
-    deliver its points by itself, and does not wait for seconds of imports here."""
+    """Import what delivery needs before any folder is claimed, and before the lock tells the pid:
+    until then whoever waits delivers its points by itself, and not for seconds of imports here."""
     for folder in spool.folders():
         try:
             warm_up(read_info(folder).tracking_uri)

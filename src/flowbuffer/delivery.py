@@ -21,6 +21,8 @@ _log = logging.getLogger("flowbuffer")
 #: A process that waits for its points, and delivers them itself as nobody else does, goes on with
 #: that for so long after it last waited, in s.
 _HERE_FOR_S = 1.0
+#: How long a collector process that is ready may take to claim a folder, in s.
+_TAKES_S = 2.0
 #: How often it looks whether somebody else does, in s.
 _LOOK_EVERY_S = 0.1
 
@@ -123,6 +125,8 @@ class DeliveryByProcess:
         self._folder: Path | None = None
         self._here: Stream | None = None
         self._look_at_s = 0.0
+        self._ready = self._insists = False
+        self._take_at_s = 0.0
         self._told = False
         self.goes_on = (
             f"the collector process goes on for up to {settings.drain_timeout_s:g} s, or "
@@ -138,19 +142,22 @@ class DeliveryByProcess:
         assert self._folder is not None
         if os.getpid() != self._pid:
             return  # as above
-        now_s = SYSTEM_CLOCK.monotonic_s()
         collector = collector_of(self._settings)
-        if self._here is None or self._here not in collector.streams:
+        now_s = SYSTEM_CLOCK.monotonic_s()
+        if self._here not in collector.streams:
             self._here = None
-            if now_s < self._look_at_s:
-                return
+        if now_s >= self._look_at_s:
             self._look_at_s = now_s + _LOOK_EVERY_S
             self._launcher.ensure()
-            self._here = collector.add(self._folder, self._uri)
-            if self._here is None:
-                wake_collector(self.spool.root)
+            self._ready = wake_collector(self.spool.root)
+            if not self._ready:
+                self._take_at_s = now_s + _LOOK_EVERY_S
+            if self._here is None and (not self._ready or now_s > self._take_at_s + _TAKES_S):
+                self._here = collector.add(self._folder, self._uri)
+                self._insists = self._ready  # it had its time
         if self._here is not None:
-            self._here.until_s = now_s + _HERE_FOR_S
+            hand_over = self._ready and not self._insists
+            self._here.until_s = now_s if hand_over else now_s + _HERE_FOR_S
             collector.start()
             if not collector.has_thread:
                 collector.drain()

@@ -33,7 +33,8 @@ _COMMAND = (sys.executable, "-c", START_COLLECTOR)
 
 
 def collector_lock(root: Path) -> Path:
-    """The file that the collector process of a spool holds locked; its content is its pid."""
+    """The file that the collector process of a spool holds locked; its content is its pid, once it
+    is ready to deliver."""
     return root / "collector.lock"
 
 
@@ -41,14 +42,16 @@ def collector_lock(root: Path) -> Path:
 WAKE_SIGNAL = signal.SIGURG
 
 
-def wake_collector(root: Path) -> None:
-    """Have the collector process of a spool, if there is one, look at it now."""
+def wake_collector(root: Path) -> bool:
+    """Have the collector process of a spool look at it now; whether there seems to be one."""
     try:
         pid = read_file(collector_lock(root), limit=20).decode()
         if re.fullmatch("[0-9]{1,10}", pid) and int(pid) > 1:
             os.kill(int(pid), WAKE_SIGNAL)
+            return True
     except (OSError, OverflowError, UnicodeDecodeError):
         pass  # none yet, or none any more
+    return False
 
 
 class Launcher:

@@ -93,6 +93,7 @@ class Sender:
         clock: Decides when things are due.
         wake: Called from any thread when :meth:`step` has something to do at once.
         policy: When to send again.
+        window_points: The most points that are read ahead of their delivery.
 
     Attributes:
         retries: Requests that were sent again.
@@ -108,6 +109,7 @@ class Sender:
         clock: Clock,
         wake: Callable[[], None],
         policy: RetryPolicy | None = None,
+        window_points: int = WINDOW_POINTS,
     ) -> None:
         self.run_id = run_id
         self.retries = 0
@@ -119,6 +121,7 @@ class Sender:
         self._clock = clock
         self._wake = wake
         self._policy = policy or RetryPolicy()
+        self._window_points = window_points
         self._keys: list[str] = []
         self._key_numbers: dict[str, int] = {}
         self._backlog = Backlog()
@@ -182,7 +185,7 @@ class Sender:
         for number, source in enumerate(self.sources):
             if source is None:
                 continue
-            room = WINDOW_POINTS - sum(s.reader.on_their_way for s in self._live())
+            room = self._window_points - sum(s.reader.on_their_way for s in self._live())
             if room > 0 and not source.paused:
                 block = source.reader.read(room)
                 if block is not None:
