@@ -18,7 +18,7 @@ from typing import NamedTuple
 from flowbuffer.clock import SYSTEM_CLOCK, Clock, Event
 from flowbuffer.credentials import without_credentials
 from flowbuffer.errors import SpoolError
-from flowbuffer.sender import WINDOW_POINTS, Sender, Source
+from flowbuffer.sender import Sender, Source
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
@@ -309,7 +309,7 @@ class Collector:
                 settings,
                 self._clock,
                 self.hurry,
-                window_points=_STOPGAP_WINDOW_POINTS if self._stopgap else WINDOW_POINTS,
+                window_points=_STOPGAP_WINDOW_POINTS if self._stopgap else None,
             )
         return self._senders[at]
 

@@ -93,7 +93,8 @@ class Sender:
         clock: Decides when things are due.
         wake: Called from any thread when :meth:`step` has something to do at once.
         policy: When to send again.
-        window_points: The most points that are read ahead of their delivery.
+        window_points: The most points that are read ahead of their delivery; None means
+            :data:`WINDOW_POINTS`.
 
     Attributes:
         retries: Requests that were sent again.
@@ -109,7 +110,7 @@ class Sender:
         clock: Clock,
         wake: Callable[[], None],
         policy: RetryPolicy | None = None,
-        window_points: int = WINDOW_POINTS,
+        window_points: int | None = None,
     ) -> None:
         self.run_id = run_id
         self.retries = 0
@@ -121,7 +122,7 @@ class Sender:
         self._clock = clock
         self._wake = wake
         self._policy = policy or RetryPolicy()
-        self._window_points = window_points
+        self._window_points = window_points or WINDOW_POINTS
         self._keys: list[str] = []
         self._key_numbers: dict[str, int] = {}
         self._backlog = Backlog()
