@@ -16,6 +16,7 @@ from flowbuffer.errors import RetriableError, RunGoneError, UnauthorisedError
 from flowbuffer.launcher import Launcher
 from flowbuffer.settings import collector_environment
 from flowbuffer.spool.directory import ProducerDirectory, Spool
+from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.info import this_producer
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.reader import Reader
@@ -273,6 +274,33 @@ def test_what_holds_it_up_is_told_where_it_is_seen(
     reader.note({"last_error": ""})
     delivery._tell()
     assert "delivery goes on" in caplog.records[-1].getMessage()
+    delivery.end()
+    directory.lock.release()
+
+
+def test_a_stopgap_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits takes its folder while no collector process is ready, leaves it to the one that is,
+    and takes it at first from none that has had no time to claim it."""
+    monkeypatch.setattr(Launcher, "_start", lambda _, lock: lock.release())
+    ready = True
+    monkeypatch.setattr("flowbuffer.delivery.wake_collector", lambda _: ready)
+    monkeypatch.setattr("flowbuffer.delivery._LOOK_EVERY_S", 0.0)
+    delivery = DeliveryByProcess(Settings(spool_dir=tmp_path / "spool"), "http://127.0.0.1:9")
+    directory = delivery.spool.add_producer(this_producer("run", "http://127.0.0.1:9", 0))
+    lock = directory.path / "reader.lock"
+    delivery.begin(directory.path)
+    delivery.push()
+    assert not FileLock.is_held(lock)
+    ready = False
+    delivery.push()
+    assert FileLock.is_held(lock)
+    ready = True
+
+    def is_handed_over() -> bool:
+        delivery.push()
+        return not FileLock.is_held(lock)
+
+    wait_until(is_handed_over, timeout_s=10)
     delivery.end()
     directory.lock.release()
 

@@ -126,7 +126,7 @@ class DeliveryByProcess:
         self._here: Stream | None = None
         self._look_at_s = 0.0
         self._ready = self._insists = False
-        self._take_at_s = 0.0
+        self._unready_at_s = 0.0  # when the collector process was last seen not to be ready
         self._told = False
         self.goes_on = (
             f"the collector process goes on for up to {settings.drain_timeout_s:g} s, or "
@@ -134,6 +134,7 @@ class DeliveryByProcess:
 
     def begin(self, folder: Path) -> None:
         self._folder = folder
+        self._unready_at_s = SYSTEM_CLOCK.monotonic_s()
         self._launcher.join(self._tell)
 
     def push(self) -> None:
@@ -141,7 +142,7 @@ class DeliveryByProcess:
 
         assert self._folder is not None
         if os.getpid() != self._pid:
-            return  # as above
+            return  # a forked child waits for a point of its parent, whose collector has it
         collector = collector_of(self._settings)
         now_s = SYSTEM_CLOCK.monotonic_s()
         if self._here not in collector.streams:
@@ -151,10 +152,11 @@ class DeliveryByProcess:
             self._launcher.ensure()
             self._ready = wake_collector(self.spool.root)
             if not self._ready:
-                self._take_at_s = now_s + _LOOK_EVERY_S
-            if self._here is None and (not self._ready or now_s > self._take_at_s + _TAKES_S):
+                self._unready_at_s = now_s
+            had_its_time = now_s - self._unready_at_s > _TAKES_S
+            if self._here is None and (not self._ready or had_its_time):
                 self._here = collector.add(self._folder, self._uri)
-                self._insists = self._ready  # it had its time
+                self._insists = had_its_time
         if self._here is not None:
             hand_over = self._ready and not self._insists
             self._here.until_s = now_s if hand_over else now_s + _HERE_FOR_S

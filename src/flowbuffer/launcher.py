@@ -23,6 +23,8 @@ from flowbuffer.spool.files import FileLock, open_file, read_file
 
 _log = logging.getLogger("flowbuffer")
 
+#: Has a collector look at the spool now. Whoever else gets it ignores it: that is its default.
+WAKE_SIGNAL = signal.SIGURG
 #: How often a logging process looks whether the collector is there, in s.
 CHECK_EVERY_S = 2.0
 #: A collector that is gone sooner than this, in s, has a reason to be: the next start waits.
@@ -36,10 +38,6 @@ def collector_lock(root: Path) -> Path:
     """The file that the collector process of a spool holds locked; its content is its pid, once it
     is ready to deliver."""
     return root / "collector.lock"
-
-
-#: Has a collector look at the spool now. Whoever else gets it ignores it: that is its default.
-WAKE_SIGNAL = signal.SIGURG
 
 
 def wake_collector(root: Path) -> bool:
