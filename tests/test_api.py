@@ -40,15 +40,25 @@ def test_the_public_names() -> None:
         "SpoolFormatError",
         "SpoolFull",
         "Stats",
+        "Switch",
         "WaitTimeout",
         "__version__",
+        "disable",
+        "enable",
         "flush",
         "log_metric",
         "log_metrics",
+        "log_param",
+        "log_params",
         "log_series",
+        "set_tag",
+        "set_tags",
         "stats",
     }
     assert all(hasattr(flowbuffer, name) for name in flowbuffer.__all__)
+    assert set(flowbuffer.__all__) <= set(dir(flowbuffer))
+    with pytest.raises(AttributeError, match="no attribute 'log_image'"):
+        flowbuffer.log_image  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -58,6 +68,8 @@ def test_the_public_names() -> None:
         (flowbuffer.MetricLogger.log_metric, "self key value step timestamp"),
         (flowbuffer.MetricLogger.log_metrics, "self metrics step timestamp"),
         (flowbuffer.MetricLogger.log_series, "self key values steps timestamps"),
+        (flowbuffer.MetricLogger.log_params, "self params"),
+        (flowbuffer.MetricLogger.set_tags, "self tags"),
         (flowbuffer.MetricLogger.flush, "self timeout"),
         (flowbuffer.MetricLogger.close, "self timeout"),
         (flowbuffer.Handle.wait, "self timeout"),

@@ -33,6 +33,7 @@ def block(points: list[Point]) -> Block:
         value=np.zeros(n),
         step=np.array(steps, np.int64),
         state=np.ones(n, np.uint8),
+        kind=np.zeros(n, np.uint8),
     )
 
 

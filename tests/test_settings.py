@@ -89,7 +89,7 @@ def allowed(item: Field[object]) -> str:
     limits = item.metadata
     if "choices" in limits:
         return ", ".join(f"`{choice}`" for choice in limits["choices"])
-    if isinstance(item.default, bool):
+    if "flag" in limits:
         return "`True`, `False`"
     if item.name in ("spool_dir", "ranks", "key_template"):
         return {"spool_dir": "a path", "ranks": "`all`, or like `0,4`"}.get(

@@ -7,23 +7,52 @@ with flowbuffer.MetricLogger() as logger:
         logger.log_metric("loss", 1 / (step + 1), step)
 """
 
-from flowbuffer.errors import (
-    DeliveryError,
-    FlowbufferError,
-    InvalidPoint,
-    SettingError,
-    SpoolError,
-    SpoolFormatError,
-    SpoolFull,
-    WaitTimeout,
-)
-from flowbuffer.fluent import flush, log_metric, log_metrics, log_series, stats
-from flowbuffer.handle import Handle
-from flowbuffer.logger import MetricLogger
-from flowbuffer.report import Report, Stats
-from flowbuffer.settings import Settings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowbuffer.dropin.switch import Switch, disable, enable
+    from flowbuffer.errors import (
+        DeliveryError,
+        FlowbufferError,
+        InvalidPoint,
+        SettingError,
+        SpoolError,
+        SpoolFormatError,
+        SpoolFull,
+        WaitTimeout,
+    )
+    from flowbuffer.fluent import (
+        flush,
+        log_metric,
+        log_metrics,
+        log_param,
+        log_params,
+        log_series,
+        set_tag,
+        set_tags,
+        stats,
+    )
+    from flowbuffer.handle import Handle
+    from flowbuffer.logger import MetricLogger
+    from flowbuffer.report import Report, Stats
+    from flowbuffer.settings import Settings
 
 __version__ = "0.1.0"
+
+# Imported when they are first asked for: MLflow imports this package to find its plugin, also where
+# nothing is switched on (see plugin.py).
+_MODULE_OF = {
+    **dict.fromkeys(("Switch", "disable", "enable"), "dropin.switch"),
+    **dict.fromkeys(("DeliveryError", "FlowbufferError", "InvalidPoint", "SettingError"), "errors"),
+    **dict.fromkeys(("SpoolError", "SpoolFormatError", "SpoolFull", "WaitTimeout"), "errors"),
+    **dict.fromkeys(("flush", "log_metric", "log_metrics", "log_param", "log_params"), "fluent"),
+    **dict.fromkeys(("log_series", "set_tag", "set_tags", "stats"), "fluent"),
+    "Handle": "handle",
+    "MetricLogger": "logger",
+    **dict.fromkeys(("Report", "Stats"), "report"),
+    "Settings": "settings",
+}
 
 __all__ = [
     "DeliveryError",
@@ -38,11 +67,30 @@ __all__ = [
     "SpoolFormatError",
     "SpoolFull",
     "Stats",
+    "Switch",
     "WaitTimeout",
     "__version__",
+    "disable",
+    "enable",
     "flush",
     "log_metric",
     "log_metrics",
+    "log_param",
+    "log_params",
     "log_series",
+    "set_tag",
+    "set_tags",
     "stats",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

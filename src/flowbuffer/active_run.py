@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import uuid
+from typing import Any
 
-from flowbuffer.settings import environment_experiment, environment_run_id
+from flowbuffer.settings import (
+    environment_experiment,
+    environment_run_id,
+    environment_tracking_uri,
+)
+
+_tracking: Any = None  # mlflow.tracking._tracking_service.utils
+_default_uris: dict[str, str] = {}  # by working directory
+
+
+def current_uri() -> str:
+    """``mlflow.get_tracking_uri()``, without a look at the disk at every call."""
+    global _tracking
+    if _tracking is None:
+        from mlflow.tracking._tracking_service import utils as _tracking
+    uri: str | None = _tracking._tracking_uri
+    if uri is not None:
+        return uri
+    named = environment_tracking_uri()
+    if named is not None:
+        return named
+    here = os.getcwd()
+    if here not in _default_uris:
+        _default_uris[here] = _tracking.get_tracking_uri()
+    return _default_uris[here]
 
 
 def find_run(run_id: str | None, tracking_uri: str | None, *, start: bool) -> tuple[str, bool]:

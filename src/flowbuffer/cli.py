@@ -176,10 +176,10 @@ def _rejected(spool_dir: Path | None, as_json: bool, run_id: str | None, retry: 
             _print_json([asdict(letter) for letter in letters])
             return 0
         rows = [
-            (x.run_id, Path(x.producer).name, x.key, x.value, x.step, x.timestamp, x.reason)
+            (x.run_id, Path(x.producer).name, x.kind, x.key, x.value, x.step, x.timestamp, x.reason)
             for x in letters
         ]
-        columns = ("run", "producer", "key", "value", "step", "timestamp", "reason")
+        columns = ("run", "producer", "kind", "key", "value", "step", "timestamp", "reason")
         _print(_table(columns, rows) if rows else "nothing was rejected")
         return 0
     retried = rejected.retry(spool, settings, run_id)

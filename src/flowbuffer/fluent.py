@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flowbuffer.active_run import current_uri
 from flowbuffer.handle import Handle
 from flowbuffer.logger import MetricLogger, starts_runs
 from flowbuffer.report import Report, Stats
-from flowbuffer.settings import Settings
+from flowbuffer.run_loggers import all_loggers, logger_of, run_settings
 from flowbuffer.spool.points import Number
 
 if TYPE_CHECKING:
     import numpy.typing
-
-_loggers: dict[str | None, MetricLogger] = {}  # None: without a run of MLflow's
-_lock = threading.RLock()
 
 
 def log_metric(
@@ -44,6 +40,26 @@ def log_series(
     return _active_logger().log_series(key, values, steps, timestamps)
 
 
+def log_param(key: str, value: Any) -> Handle:
+    """:meth:`MetricLogger.log_param` on the active run; one is started if there is none."""
+    return _active_logger().log_param(key, value)
+
+
+def log_params(params: Mapping[str, Any]) -> Handle:
+    """:meth:`MetricLogger.log_params` on the active run; one is started if there is none."""
+    return _active_logger().log_params(params)
+
+
+def set_tag(key: str, value: Any) -> Handle:
+    """:meth:`MetricLogger.set_tag` on the active run; one is started if there is none."""
+    return _active_logger().set_tag(key, value)
+
+
+def set_tags(tags: Mapping[str, Any]) -> Handle:
+    """:meth:`MetricLogger.set_tags` on the active run; one is started if there is none."""
+    return _active_logger().set_tags(tags)
+
+
 def flush(timeout: float | None = None) -> Report:
     """Flush every run that these functions logged to; the counts of all together.
 
@@ -54,7 +70,7 @@ def flush(timeout: float | None = None) -> Report:
 
     start_s = SYSTEM_CLOCK.monotonic_s()
     reports = []
-    for logger in list(_loggers.values()):
+    for logger in all_loggers():
         left_s = None
         if timeout is not None:
             left_s = max(timeout - (SYSTEM_CLOCK.monotonic_s() - start_s), 0.0)
@@ -64,7 +80,7 @@ def flush(timeout: float | None = None) -> Report:
 
 def stats() -> Stats:
     """:meth:`MetricLogger.stats` of every run that these functions logged to, together."""
-    all_stats = [logger.stats() for logger in list(_loggers.values())]
+    all_stats = [logger.stats() for logger in all_loggers()]
     return Stats(
         **_sum(all_stats),
         lag_s=max((s.lag_s for s in all_stats), default=0.0),
@@ -93,22 +109,6 @@ def _active_logger() -> MetricLogger:
     import mlflow
 
     run = mlflow.active_run()
-    if run is None and starts_runs(Settings.from_env()):
+    if run is None and starts_runs(run_settings()):
         run = mlflow.start_run()
-    run_id = None if run is None else run.info.run_id
-    logger = _loggers.get(run_id)
-    if logger is None or logger.closed:
-        with _lock:
-            logger = _loggers.get(run_id)
-            if logger is None or logger.closed:
-                logger = _loggers[run_id] = MetricLogger(run_id)
-                logger._fluent = True
-    return logger
-
-
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
+    return logger_of(current_uri(), None if run is None else run.info.run_id)

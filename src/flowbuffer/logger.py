@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from flowbuffer.handle import Handle
 from flowbuffer.ledger import Ledger, is_over
 from flowbuffer.report import Progress, Report, Stats
 from flowbuffer.settings import Settings, environment_experiment, environment_place
+from flowbuffer.spool.layout import PARAM, TAG
 from flowbuffer.spool.points import Number
 from flowbuffer.spool.producer import Places, Producer
 from flowbuffer.spool.states import Waiting, parked_reason, want
@@ -35,6 +37,10 @@ _log = logging.getLogger("flowbuffer")
 #: A method of the producer that logs, or one around it.
 Append = Callable[..., Places]
 
+#: What a logger has of its producer, as attributes of its own with a _ before the name, so that no
+#: call that logs looks for more than one.
+_APPENDS = ("append", "append_many", "append_series", "append_texts")
+
 
 class MetricLogger:
     """Logs metrics to one MLflow run, from any thread, at about a microsecond a point.
@@ -47,6 +53,9 @@ class MetricLogger:
             started, and ended by :meth:`close`.
         tracking_uri: As MLflow takes it. None means MLflow's current one.
         settings: None means :meth:`Settings.from_env`.
+
+    Attributes:
+        closes_with_run: Close it when the run is marked ended; else it is only flushed then.
 
     Raises:
         SettingError: A setting is out of its range.
@@ -62,19 +71,23 @@ class MetricLogger:
     ) -> None:
         import mlflow
 
+        self.closes_with_run = False
         self._settings = Settings.from_env() if settings is None else settings
         self._uri = tracking_uri or mlflow.get_tracking_uri()
         self._place = environment_place()
         self._logs = self._settings.logs(self._place.rank)
         start = starts_runs(self._settings)
         self._run_id, self._owns_run = find_run(run_id, tracking_uri, start=start)
-        self._fluent = False
         self._ended = False
         self._opening = threading.RLock()
         self._warned: set[str] = set()
         self._invalid = 0
         self._delivery: Delivery | None = None
         self._producer: Producer | PassThrough | Silence | None = None
+        self._append: Append
+        self._append_many: Append
+        self._append_series: Append
+        self._append_texts: Append
         self._ledger: Ledger | None = None
         _loggers.add(self)
         self._open()
@@ -83,6 +96,11 @@ class MetricLogger:
     def run_id(self) -> str:
         """The run that this logger logs to."""
         return self._run_id
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its points wait for delivery; None if it spools none."""
+        return self._producer.directory.path if isinstance(self._producer, Producer) else None
 
     @property
     def settings(self) -> Settings:
@@ -95,7 +113,7 @@ class MetricLogger:
         return self._ended
 
     # What the training loop calls. The attributes that begin with _append are the producer's
-    # methods; see _open.
+    # methods; see _use.
 
     def log_metric(
         self, key: str, value: Number, step: int | None = None, timestamp: int | None = None
@@ -146,6 +164,50 @@ class MetricLogger:
             SpoolFull: There is no room in the spool (``when_full``).
         """
         return Handle(self._append_series(key, values, steps, timestamps))
+
+    def log_param(self, key: str, value: Any) -> Handle:
+        """Log a parameter. MLflow keeps the first value of each: another one is rejected.
+
+        Args:
+            key: As in :meth:`log_metric`; ``key_template`` is not for parameters.
+            value: Text, or what ``str`` makes of it; at most 6000 characters.
+
+        Raises:
+            InvalidPoint: An argument is none of that. Nothing else is affected.
+            SpoolFull: There is no room in the spool (``when_full``).
+        """
+        return self.log_params({key: value})
+
+    def log_params(self, params: Mapping[str, Any]) -> Handle:
+        """Log parameters, as :meth:`log_param` does.
+
+        Raises:
+            InvalidPoint: A key or value cannot be logged; none of them was.
+            SpoolFull: There is no room in the spool (``when_full``).
+        """
+        return Handle(self._append_texts(PARAM, params))
+
+    def set_tag(self, key: str, value: Any) -> Handle:
+        """Set a tag; the last value of each key stays.
+
+        Args:
+            key: As in :meth:`log_metric`; ``key_template`` is not for tags.
+            value: Text, or what ``str`` makes of it; at most 8000 characters.
+
+        Raises:
+            InvalidPoint: An argument is none of that. Nothing else is affected.
+            SpoolFull: There is no room in the spool (``when_full``).
+        """
+        return self.set_tags({key: value})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> Handle:
+        """Set tags, as :meth:`set_tag` does.
+
+        Raises:
+            InvalidPoint: A key or value cannot be logged; none of them was.
+            SpoolFull: There is no room in the spool (``when_full``).
+        """
+        return Handle(self._append_texts(TAG, tags))
 
     # Waiting, telling, ending.
 
@@ -200,9 +262,9 @@ class MetricLogger:
             self._flush(timeout, progress=True)
 
     def end_of_run(self, timeout: float) -> None:
-        """Flush before the run is marked ended; close, if this logger is the fluent functions'."""
+        """Flush before the run is marked ended; close, if ``closes_with_run``."""
         start_s = time.monotonic()
-        if self._fluent:
+        if self.closes_with_run:
             self._close(timeout, "FINISHED", progress=True)
         else:
             self._flush(timeout, progress=True)
@@ -229,7 +291,7 @@ class MetricLogger:
             from flowbuffer.passthrough import Silence
 
             self._use(Silence())
-        elif not settings.enabled:
+        elif settings.enabled is False:
             from flowbuffer.passthrough import PassThrough
 
             self._use(PassThrough(self._run_id, self._uri, self._stored_key, SYSTEM_CLOCK))
@@ -265,9 +327,8 @@ class MetricLogger:
 
     def _use(self, producer: Producer | PassThrough | Silence) -> None:
         self._producer = producer
-        self._append = self._wrapped(producer.append)
-        self._append_many = self._wrapped(producer.append_many)
-        self._append_series = self._wrapped(producer.append_series)
+        for name in _APPENDS:
+            setattr(self, f"_{name}", self._wrapped(getattr(producer, name)))
 
     def _wrapped(self, append: Append) -> Append:
         """The producer's method, with what seldom-used settings add to it."""
@@ -282,13 +343,14 @@ class MetricLogger:
     def _lenient(self, append: Append) -> Append:
         """For ``strict=False``: what cannot be logged is counted, and warned of once per key."""
 
-        def append_or_count(what: Any, *args: Any) -> Places:
+        def append_or_count(*args: Any) -> Places:
             try:
-                return append(what, *args)
+                return append(*args)
             except InvalidPoint as error:
                 with self._opening:
                     self._invalid += error.count
-                    about = repr(what if isinstance(what, str) else type(what))[:300]
+                    what = args[0] if isinstance(args[0], str) else type(args[0])
+                    about = repr(what)[:300]
                     first_time = about not in self._warned
                     self._warned.add(about)
                 if first_time:
@@ -337,7 +399,8 @@ class MetricLogger:
                 producer.directory.lock.release()
             if not again:
                 delivery.end()
-        self._append = self._append_many = self._append_series = _refuse
+        for name in _APPENDS:
+            setattr(self, f"_{name}", _refuse)
         report = Report(**self._counts(), seconds=time.monotonic() - start_s)
         if not again:
             job_end.unwatch(self)
@@ -388,9 +451,8 @@ class MetricLogger:
         self._producer = self._delivery = self._ledger = None
         self._invalid = 0
         if not self._ended:
-            self._append = self._reopening("_append")
-            self._append_many = self._reopening("_append_many")
-            self._append_series = self._reopening("_append_series")
+            for name in _APPENDS:
+                setattr(self, f"_{name}", self._reopening(f"_{name}"))
 
     def _reopening(self, name: str) -> Callable[..., Any]:
         def reopen(*args: Any) -> Any:

@@ -8,7 +8,7 @@ points of one key that one producer logged are made strictly rising in (timestam
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -51,8 +51,20 @@ class TieRule:
         """All that the next points depend on, as bytes."""
         return np.array([self._clock], "<i8").tobytes() + self._keys.tobytes()
 
-    def apply(self, block: Block) -> NDArray[np.int64]:
-        """The times in ms with which the points of a block are to be sent."""
+    def apply(self, block: Block, keys: NDArray[np.uint32] | None = None) -> NDArray[np.int64]:
+        """The times in ms with which the points of a block are to be sent.
+
+        Args:
+            block: Points; parameters and tags keep their times.
+            keys: For each point a number of its key's history; by default the block's key ids.
+        """
+        if keys is not None:
+            block = replace(block, key=keys)
+        metrics = block.kind == 0
+        if not metrics.all():
+            time = block.time.copy()
+            time[metrics] = self.apply(block.only(metrics))
+            return time
         if not len(block.time):
             return block.time
         time = self._risen(block)
@@ -135,7 +147,7 @@ def _above(
     return above
 
 
-#: A point on its way: which source (producer) it came from, its segment and slot there, the
+#: A point on its way: which source (producer) it came from, its segment, slot and key id there, the
 #: number of its key in the run, and what is sent.
 ROW: Final = np.dtype(
     [
@@ -143,12 +155,26 @@ ROW: Final = np.dtype(
         ("segment", "<i4"),
         ("slot", "<i4"),
         ("key", "<i4"),
+        ("identity", "<u4"),
         ("time", "<i8"),
         ("step", "<i8"),
         ("value", "<f8"),
     ]
 )
 Rows = NDArray[np.void]
+
+
+def one_each(rows: Rows, once: NDArray[np.bool_]) -> list[Rows]:
+    """``rows`` in parts, in none of which a key of the rows that are ``once`` is twice.
+
+    The rows of such a key are in successive parts, in their order.
+    """
+    seen: dict[int, int] = {}
+    part = np.zeros(len(rows), np.int32)
+    for at in np.flatnonzero(once).tolist():
+        key = int(rows["key"][at])
+        part[at] = seen[key] = seen.get(key, -1) + 1
+    return [rows[part == number] for number in range(int(part.max()) + 1)]
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowbuffer.clock import Clock
+from flowbuffer.spool.layout import PARAM
 from flowbuffer.spool.producer import Places
 
 _MAX_BATCH = 1000
@@ -18,7 +19,7 @@ class Silence:
         """Nothing."""
         return ()
 
-    append_many = append_series = append
+    append_many = append_series = append_texts = append
 
 
 class PassThrough:
@@ -60,6 +61,19 @@ class PassThrough:
         times = [self._now_ms()] * count if timestamps is None else timestamps
         columns = zip(values, times, all_steps, strict=True)
         self._log([(key, value, int(time), int(step)) for value, time, step in columns])
+        return ()
+
+    def append_texts(self, kind: int, texts: Mapping[str, Any]) -> Places:
+        """``MlflowClient.log_batch`` of parameters or, as ``kind`` says, tags."""
+        from mlflow.entities import Param, RunTag
+
+        if kind == PARAM:
+            params = [Param(key, str(value)) for key, value in texts.items()]
+            self._client.log_batch(self._run_id, params=params)
+        else:
+            tags = [RunTag(key, str(value)) for key, value in texts.items()]
+            self._client.log_batch(self._run_id, tags=tags)
+        self.stored += len(texts)
         return ()
 
     def _log(self, points: list[tuple[str, Any, int, int]]) -> None:

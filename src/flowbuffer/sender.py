@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flowbuffer.clock import Clock
 from flowbuffer.errors import (
@@ -25,38 +26,43 @@ from flowbuffer.errors import (
     TransportError,
     UnauthorisedError,
 )
-from flowbuffer.ordering import ROW, Backlog, Rows, TieRule
+from flowbuffer.ordering import ROW, Backlog, Rows, TieRule, one_each
 from flowbuffer.retry import RetryPolicy
 from flowbuffer.settings import Settings
 from flowbuffer.spool.columns import Block
-from flowbuffer.spool.layout import COMMITTED
+from flowbuffer.spool.layout import COMMITTED, KEY_SEPARATOR, PARAM, TAG
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import park
 from flowbuffer.transport import Request, Transport
 
 _log = logging.getLogger("flowbuffer")
 
-#: The most points that are read ahead of their delivery; bounds the sender's memory (44 B each).
+#: The most points that are read ahead of their delivery; bounds the sender's memory (48 B each).
 WINDOW_POINTS = 131072
 
+#: The most parameters and tags in one request: MLflow takes 100 of each.
+MAX_TEXTS = 100
 
 #: How often a request is sent again after a doubtful error before its content is to blame, and how
 #: often one of its parts is then.
 DOUBTS = 8
 DOUBTS_OF_A_PART = 3
 
+_KINDS = {0: "metric", PARAM: "param", TAG: "tag"}
+
 
 @dataclass
 class Source:
     """One producer of the run: its reader and its rule for ties.
 
-    ``paused``: nothing more is read of it; what was read goes on its way.
+    ``paused``: nothing more is read of it; what was read goes on its way. ``key_numbers``: from its
+    kinds and key ids to the run's numbers of keys.
     """
 
     reader: Reader
     ties: TieRule
     paused: bool = False
-    key_numbers: dict[int, int] = field(default_factory=dict)  # from its key ids to the run's
+    key_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 @dataclass
@@ -124,8 +130,10 @@ class Sender:
         self._policy = policy or RetryPolicy()
         self._window_points = window_points or WINDOW_POINTS
         self._keys: list[str] = []
-        self._key_numbers: dict[str, int] = {}
+        self._kinds: list[int] = []  # of the keys: 0 for metrics, PARAM or TAG
+        self._key_numbers: dict[tuple[int, str], int] = {}
         self._backlog = Backlog()
+        self._texts = Backlog()
         self._batches: list[_Batch] = []
         self._busy: set[int] = set()
         self._outcomes: queue.SimpleQueue[tuple[_Batch, TransportError | None]] = (
@@ -152,7 +160,7 @@ class Sender:
     @property
     def idle(self) -> bool:
         """Nothing is on its way or waiting in memory."""
-        return not self._batches and not self._backlog.count
+        return not (self._batches or self._backlog.count or self._texts.count)
 
     def step(self, *, hurry: bool = False) -> float:
         """One round. Returns the seconds until something is due; infinity if nothing is known.
@@ -196,27 +204,38 @@ class Sender:
         return any_read
 
     def _take(self, number: int, source: Source, block: Block, now_s: float) -> None:
-        time = source.ties.apply(block)
+        time = source.ties.apply(block, source.reader.tie_keys(block.key))
         if block.ends_segment:
             source.reader.keep(block.segment, source.ties.state())
         pending = np.flatnonzero(block.state == COMMITTED)
         rows = np.empty(len(pending), ROW)
         rows["source"], rows["segment"] = number, block.segment
         rows["slot"], rows["time"] = block.slot[pending], time[pending]
+        rows["identity"] = block.key[pending]
         rows["step"], rows["value"] = block.step[pending], block.value[pending]
-        identities, inverse = np.unique(block.key[pending], return_inverse=True)
-        numbers = [self._key_number(source, identity) for identity in identities.tolist()]
-        rows["key"] = np.array(numbers, np.int32)[inverse] if numbers else 0
-        self._backlog.add(rows, now_s)
+        kind = block.kind[pending]
+        rows["key"] = self._numbers(source, kind, block.key[pending])
+        self._backlog.add(rows[kind == 0], now_s)
+        self._texts.add(rows[kind != 0], now_s)
 
-    def _key_number(self, source: Source, identity: int) -> int:
-        known = source.key_numbers.get(identity)
+    def _numbers(
+        self, source: Source, kinds: NDArray[np.uint8], identities: NDArray[np.uint32]
+    ) -> NDArray[np.int32]:
+        """The run's numbers of these keys."""
+        both = identities.astype(np.int64) << 8 | kinds
+        found, inverse = np.unique(both, return_inverse=True)
+        numbers = [self._number(source, one & 0xFF, one >> 8) for one in found.tolist()]
+        return np.array(numbers, np.int32)[inverse]
+
+    def _number(self, source: Source, kind: int, identity: int) -> int:
+        known = source.key_numbers.get((kind, identity))
         if known is None:
             key = source.reader.key(identity)
-            known = self._key_numbers.setdefault(key, len(self._keys))
+            known = self._key_numbers.setdefault((kind, key), len(self._keys))
             if known == len(self._keys):
                 self._keys.append(key)
-            source.key_numbers[identity] = known
+                self._kinds.append(kind)
+            source.key_numbers[kind, identity] = known
         return known
 
     # Sending.
@@ -231,31 +250,51 @@ class Sender:
                     self._request(batch)
                 else:
                     next_s = min(next_s, batch.due_s - now_s)
-        size = self._settings.max_batch_size
-        while len(self._batches) < self.transport.max_in_flight:
-            count, since_s = self._backlog.ready(self._busy)
-            due_s = since_s + self._settings.linger_s
-            if not count:
-                break
-            if count < size and not hurry and due_s > now_s:
-                next_s = min(next_s, due_s - now_s)
-                break
-            rows = self._backlog.take(size, self._busy)
-            batch = _Batch(deque([_Part(rows)]), set(np.unique(rows["key"]).tolist()))
-            self._batches.append(batch)
-            self._busy |= batch.keys
-            self._request(batch)
+        for backlog, size in (
+            (self._texts, MAX_TEXTS),
+            (self._backlog, self._settings.max_batch_size),
+        ):
+            while len(self._batches) < self.transport.max_in_flight:
+                count, since_s = backlog.ready(self._busy)
+                due_s = since_s + self._settings.linger_s
+                if not count:
+                    break
+                if count < size and not hurry and due_s > now_s:
+                    next_s = min(next_s, due_s - now_s)
+                    break
+                self._begin(backlog.take(size, self._busy))
         return next_s
 
+    def _begin(self, rows: Rows) -> None:
+        """Send these points, which are all metrics, or all parameters and tags."""
+        parts = [rows]
+        if self._kinds[rows["key"][0]] != 0:
+            # The first value of a parameter is the one that counts, and one request has it once.
+            params = np.array([self._kinds[number] == PARAM for number in rows["key"].tolist()])
+            parts = one_each(rows, params)
+        batch = _Batch(deque(map(_Part, parts)), set(np.unique(rows["key"]).tolist()))
+        self._batches.append(batch)
+        self._busy |= batch.keys
+        self._request(batch)
+
+    def _as_request(self, rows: Rows) -> Request:
+        numbers = rows["key"].tolist()
+        keys = [self._keys[number] for number in numbers]
+        if self._kinds[numbers[0]] == 0:
+            columns = (rows[name].tolist() for name in ("value", "time", "step"))
+            return Request(self.run_id, keys, *columns)
+        texts: dict[int, dict[str, str]] = {PARAM: {}, TAG: {}}
+        for number, key, row in zip(numbers, keys, rows, strict=True):
+            texts[self._kinds[number]][key] = self._text(row)  # of a tag's values the last one
+        return Request(self.run_id, params=[*texts[PARAM].items()], tags=[*texts[TAG].items()])
+
+    def _text(self, row: Any) -> str:
+        source = self.sources[int(row["source"])]
+        assert source is not None
+        return source.reader.text(int(row["segment"]), int(row["step"]), int(row["identity"]))
+
     def _request(self, batch: _Batch) -> None:
-        rows = batch.parts[0].rows
-        request = Request(
-            self.run_id,
-            [self._keys[number] for number in rows["key"].tolist()],
-            rows["value"].tolist(),
-            rows["time"].tolist(),
-            rows["step"].tolist(),
-        )
+        request = self._as_request(batch.parts[0].rows)
         batch.sending = True
         self.retries += batch.attempt > 0
 
@@ -369,13 +408,22 @@ class Sender:
         row: Any = rows[0]
         source = self.sources[int(row["source"])]
         assert source is not None
-        value = float(row["value"])
-        key = self._keys[int(row["key"])]
-        letter = {
+        number = int(row["key"])
+        key, *about = self._keys[number].split(KEY_SEPARATOR)
+        letter: dict[str, Any] = {
             "run_id": self.run_id,
+            "kind": _KINDS[self._kinds[number]],
             "key": key,
-            "value": value if math.isfinite(value) else str(value),
-            "step": int(row["step"]),
+        }
+        if self._kinds[number]:
+            letter["value"] = self._text(row)
+        else:
+            value = float(row["value"])
+            letter["value"] = value if math.isfinite(value) else str(value)
+            letter["step"] = int(row["step"])
+        if about:
+            letter["about"] = about
+        letter |= {
             "timestamp": int(row["time"]),
             "reason": error.reason,
             "segment": int(row["segment"]),
@@ -390,4 +438,6 @@ class Sender:
             _log.warning("run %s: a rejected point cannot be kept: %s", self.run_id, problem)
             return
         self._mark(rows, rejected=True)
-        _log.warning("run %s: a point of %r was rejected: %s", self.run_id, key, error.reason)
+        _log.warning(
+            "run %s: the %s %r was rejected: %s", self.run_id, letter["kind"], key, error.reason
+        )

@@ -37,6 +37,10 @@ def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
     return field(default=default, metadata={"meaning": meaning, "choices": choices})
 
 
+def _flag(default: bool | None, meaning: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "flag": True})
+
+
 def _text(default: str, meaning: str) -> Any:
     return field(default=default, metadata={"meaning": meaning})
 
@@ -64,8 +68,10 @@ class Settings:
         SettingError: A value is of the wrong kind or out of range.
     """
 
-    enabled: bool = _setting(
-        True, "False: every call goes straight to MLflow, synchronously; nothing is spooled."
+    enabled: bool | None = _flag(
+        None,
+        "True: MLflow's own calls are buffered, too. None: only flowbuffer's. False: every call "
+        "goes straight to MLflow, synchronously; nothing is spooled.",
     )
     delivery: Literal["process", "thread", "inline"] = _choice(
         "process",
@@ -74,7 +80,7 @@ class Settings:
         "the environment in which it was started; `thread`, a daemon thread of this process, also "
         "with credentials that exist only in its memory; `inline`, the call itself, for debugging.",
     )
-    offline: bool = _setting(
+    offline: bool = _flag(
         False, "True: only spool; `flowbuffer sync` delivers later, on any machine."
     )
     spool_dir: Path | None = _setting(
@@ -127,6 +133,12 @@ class Settings:
     shutdown_timeout_s: float = _setting(
         60.0, "How long the end of a job or of a run may wait for delivery, in seconds.", low=0
     )
+    read_timeout_s: float = _setting(
+        30.0,
+        "With `enabled=True`: how long a call that reads a run (`mlflow.get_run`, ...) may wait "
+        "for what was logged to it, in seconds; 0 reads at once.",
+        low=0,
+    )
     drain_timeout_s: float = _setting(
         3600.0,
         "How long the collector process goes on by itself after the last job ended, in seconds.",
@@ -142,7 +154,7 @@ class Settings:
         "The key under which a point is stored, of `{key}`, `{rank}`, `{local_rank}` and "
         "`{world_size}`, like `{key}/rank{rank}`.",
     )
-    strict: bool = _setting(
+    strict: bool = _flag(
         True,
         "What the caller got wrong (a value that is no number, an invalid key): True raises at "
         "the call; False counts it, warns once per key, and goes on.",
@@ -257,6 +269,23 @@ def environment_run_id() -> str | None:
     return os.environ.get("MLFLOW_RUN_ID") or None
 
 
+def environment_tracking_uri() -> str | None:
+    """What ``MLFLOW_TRACKING_URI`` says."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+# os.environ turns text to bytes at every look, and for a variable that is not there raises and
+# catches KeyError: 0.8 us, for a look at each call. What is under it is a plain dict.
+_ENVIRON: Any = getattr(os.environ, "_data", os.environ)
+_ASYNC_LOGGING = "MLFLOW_ENABLE_ASYNC_LOGGING"
+_ASYNC_LOGGING_KEY = os.environ.encodekey(_ASYNC_LOGGING) if _ENVIRON is not os.environ else ""
+
+
+def says_async_logging() -> bool:
+    """Whether ``MLFLOW_ENABLE_ASYNC_LOGGING`` says anything, be it yes or no."""
+    return (_ASYNC_LOGGING_KEY or _ASYNC_LOGGING) in _ENVIRON
+
+
 def environment_experiment() -> tuple[str | None, str | None]:
     """What ``MLFLOW_EXPERIMENT_ID`` and ``MLFLOW_EXPERIMENT_NAME`` say."""
     environ = os.environ
@@ -339,6 +368,7 @@ def collector_environment(settings: Settings, tracking_uri: str, since_ms: int) 
         environment.pop(variable_of(item.name), None)
         if value is not None:
             environment[variable_of(item.name)] = str(value)
+    environment.pop(variable_of("enabled"), None)  # there are no calls to be buffered
     return {**environment, "PYTHONSAFEPATH": "1"}
 
 
@@ -355,7 +385,7 @@ def handed_on_ms() -> int:
 def _parsed(variable: str, annotation: str, text: str) -> Any:
     """The text of a variable as the setting's type; text that cannot be is left for the check."""
     parse: Callable[[str], Any]
-    if annotation == "bool":
+    if annotation.startswith("bool"):
         if text.lower() not in _BOOLEANS:
             raise SettingError(f"{variable}={text!r}: allowed are {_listed(_BOOLEANS)}")
         return _BOOLEANS[text.lower()]
@@ -380,7 +410,7 @@ def _checked(name: str, metadata: Mapping[str, Any], default: Any, value: Any) -
         if value not in metadata["choices"]:
             raise SettingError(f"{said}: allowed are {_listed(metadata['choices'])}")
         return value
-    if isinstance(default, bool):
+    if "flag" in metadata:
         if not isinstance(value, bool):
             raise SettingError(f"{said}: allowed are True and False")
         return value

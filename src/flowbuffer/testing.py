@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from flowbuffer.clock import Clock, Event
-from flowbuffer.errors import TransportError
+from flowbuffer.errors import RejectedError, RetriableError, TransportError
 from flowbuffer.transport import Done, Request
 
 
@@ -61,6 +61,7 @@ class FakeTransport:
     Attributes:
         requests: Every request that was sent.
         rows: What is stored: (run, key, time, step, value), a set like the stores' primary key.
+        params, tags: By run and key. A parameter is not changed once it is stored.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class FakeTransport:
         self.requests: list[Request] = []
         self.waiting: deque[tuple[Request, Done]] = deque()
         self.rows: set[tuple[str, str, int, int, str]] = set()
+        self.params: dict[tuple[str, str], str] = {}
+        self.tags: dict[tuple[str, str], str] = {}
         self.decide: Answer = answer or (lambda _: None)
         self._at_once = at_once
 
@@ -87,11 +90,9 @@ class FakeTransport:
             index: Which one; the oldest by default.
             lose: Store it, and say that the connection was lost.
         """
-        from flowbuffer.errors import RetriableError
-
         request, done = self.waiting[index]
         del self.waiting[index]
-        error = self.decide(request)
+        error = self.decide(request) or self._conflict(request)
         if error is None:
             self._store(request)
             error = RetriableError("the connection was reset") if lose else None
@@ -105,7 +106,15 @@ class FakeTransport:
     def close(self) -> None:
         """Nothing to close."""
 
+    def _conflict(self, request: Request) -> TransportError | None:
+        for key, value in request.params:
+            if self.params.get((request.run_id, key), value) != value:
+                return RejectedError(f"Changing param values is not allowed: {key!r}")
+        return None
+
     def _store(self, request: Request) -> None:
+        for stored, texts in ((self.params, request.params), (self.tags, request.tags)):
+            stored.update({(request.run_id, key): value for key, value in texts})
         for key, value, time, step in zip(
             request.keys, request.values, request.times, request.steps, strict=True
         ):

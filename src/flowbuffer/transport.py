@@ -13,20 +13,30 @@ from flowbuffer.clock import Clock
 from flowbuffer.delivery_client import delivery_client, error_of_status, first_line
 from flowbuffer.errors import RejectedError, RetriableError, RunGoneError, TransportError
 from flowbuffer.settings import Settings
+from flowbuffer.spool.layout import KEY_SEPARATOR
 
 
 @dataclass(frozen=True)
 class Request:
-    """One batch for one run; columns of one length. ``times`` are ms since the epoch."""
+    """One batch for one run.
+
+    Attributes:
+        run_id: The run.
+        keys, values, times, steps: Of the metrics, columns of one length. A key is as the key table
+            of a spool has it (see ``spool.layout``). ``times`` are ms since the epoch.
+        params, tags: Keys and values; no key twice.
+    """
 
     run_id: str
-    keys: Sequence[str]
-    values: Sequence[float]
-    times: Sequence[int]
-    steps: Sequence[int]
+    keys: Sequence[str] = ()
+    values: Sequence[float] = ()
+    times: Sequence[int] = ()
+    steps: Sequence[int] = ()
+    params: Sequence[tuple[str, str]] = ()
+    tags: Sequence[tuple[str, str]] = ()
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.keys) + len(self.params) + len(self.tags)
 
 
 #: Called once when a request is over: with None when it is stored, else with what went wrong.
@@ -111,12 +121,18 @@ class MlflowTransport:
         return None
 
     def _log_batch(self, request: Request) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, Param, RunTag
 
         columns = zip(request.keys, request.values, request.times, request.steps, strict=True)
-        metrics = [Metric(*point) for point in columns]
+        metrics = [
+            _metric(*point) if KEY_SEPARATOR in point[0] else Metric(*point) for point in columns
+        ]
         operation = self._delivery_client().log_batch(
-            request.run_id, metrics=metrics, synchronous=False
+            request.run_id,
+            metrics=metrics,
+            params=[Param(*param) for param in request.params],
+            tags=[RunTag(*tag) for tag in request.tags],
+            synchronous=False,
         )
         if operation is not None:
             operation.wait()
@@ -143,6 +159,16 @@ class MlflowTransport:
             return self._client
 
 
+def _metric(stored_key: str, *point: Any) -> Any:
+    """A metric that is about a model or a dataset."""
+    from mlflow.entities import Metric
+
+    key, *about = stored_key.split(KEY_SEPARATOR)
+    names = ("model_id", "dataset_name", "dataset_digest")
+    fields = {name: text or None for name, text in zip(names, about, strict=True)}
+    return Metric(key, *point, **fields)
+
+
 def absolute_uri(tracking_uri: str) -> str:
     """A tracking URI that means the same from every working directory."""
     scheme, separator, rest = tracking_uri.partition(":///")
@@ -156,6 +182,15 @@ def absolute_uri(tracking_uri: str) -> str:
 
 def _is_file(tracking_uri: str) -> bool:
     return tracking_uri.startswith(("sqlite", "file:")) or "://" not in tracking_uri
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether what a store raised says nothing but that it cannot be asked now."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        error = translated(error)
+    return isinstance(error, RetriableError)
 
 
 def translated(error: Exception) -> TransportError:

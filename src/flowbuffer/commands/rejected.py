@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.files import read_file, write_file
 from flowbuffer.spool.info import read_info
-from flowbuffer.spool.layout import FAILED
-from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.layout import FAILED, PARAM, TAG
+from flowbuffer.spool.points import MetricKey
+from flowbuffer.spool.producer import Places, Producer
 from flowbuffer.spool.states import closed_outcome, dead_letters, has_dead_letters
+
+_Point = Callable[[Producer], Places]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class Letter:
     Attributes:
         run_id: The run.
         producer: The producer's folder.
+        kind: ``"metric"``, ``"param"`` or ``"tag"``; None for what could not be read.
         key, value, step, timestamp: Of the point, the timestamp in ms since the epoch; None for
             what could not be read. A value that JSON has no number for is ``"nan"`` or ``"inf"``.
         points: How many points it stands for.
@@ -35,6 +39,7 @@ class Letter:
 
     run_id: str
     producer: str
+    kind: str | None
     key: str | None
     value: float | str | None
     step: int | None
@@ -72,6 +77,7 @@ def rejected(spool: Spool, run_id: str | None = None) -> list[Letter]:
         Letter(
             run_id=_run_id(folder, letter),
             producer=str(folder),
+            kind=letter.get("kind"),
             key=letter.get("key"),
             value=letter.get("value"),
             step=letter.get("step"),
@@ -132,7 +138,7 @@ def _retry(spool: Spool, folder: Path, settings: Settings) -> Retried:
 
 
 def _store(
-    spool: Spool, claim: Claim, points: dict[bytes, tuple[Any, ...]], settings: Settings
+    spool: Spool, claim: Claim, points: dict[bytes, _Point], settings: Settings
 ) -> set[bytes]:
     """Store these points as a new producer would; those that cannot be stored."""
     refused: set[bytes] = set()
@@ -143,7 +149,7 @@ def _store(
     try:
         for line, point in points.items():
             try:
-                producer.append(*point)
+                point(producer)
             except InvalidPoint:
                 refused.add(line)
     finally:
@@ -152,13 +158,20 @@ def _store(
     return refused
 
 
-def _point(line: bytes) -> tuple[str, float, int, int] | None:
-    """The key, value, step and timestamp of a dead letter; None if it is no point."""
+def _point(line: bytes) -> _Point | None:
+    """What logs again what a dead letter is about; None if it is no point."""
     try:
         letter = json.loads(line)
-        return letter["key"], float(letter["value"]), letter["step"], letter["timestamp"]
+        key, value = letter["key"], letter["value"]
+        kind = {"metric": 0, "param": PARAM, "tag": TAG}[letter["kind"]]
+        if kind:
+            return lambda producer: producer.append_texts(kind, {key: value})
+        if "about" in letter:
+            key = MetricKey(key, *letter["about"])
+        point = (key, float(value), letter["step"], letter["timestamp"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    return lambda producer: producer.append(*point)
 
 
 def _all_kept(folder: Path, why: str) -> Retried:

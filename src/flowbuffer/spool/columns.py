@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from flowbuffer.errors import SpoolFormatError
 from flowbuffer.spool import layout
 from flowbuffer.spool.files import open_file
-from flowbuffer.spool.layout import EXPLICIT, SERIES
 
 SLOT_DTYPE: Final = np.dtype(layout.SLOT_COLUMNS)  # type: ignore[call-overload]
 
@@ -26,6 +25,7 @@ class Block:
 
     ``slot``: index in the segment (the points of a series share theirs). ``key``: key id.
     ``time``: ms since the epoch. ``explicit``: the caller gave that time. ``state``: of the slot.
+    ``kind``: 0 for a metric; PARAM or TAG for a text, whose ``step`` is its offset in the journal.
     """
 
     segment: int
@@ -37,6 +37,12 @@ class Block:
     value: NDArray[np.float64]
     step: NDArray[np.int64]
     state: NDArray[np.uint8]
+    kind: NDArray[np.uint8]
+
+    def only(self, points: NDArray[np.bool_]) -> Block:
+        """Some of the points."""
+        columns = [f.name for f in fields(self) if f.name not in ("segment", "ends_segment")]
+        return replace(self, **{name: getattr(self, name)[points] for name in columns})
 
 
 def mapped_segment(path: Path, number: int) -> tuple[NDArray[Any], NDArray[np.uint32], int]:
@@ -74,7 +80,7 @@ def sound_slots(
     sound: NDArray[np.bool_] = (
         np.isin(rows["key"], keys)
         & (rows["offset"] == offsets)
-        & (rows["flags"] <= (EXPLICIT | SERIES))
+        & np.isin(rows["flags"], layout.FLAGS)
         & np.isin(rows["state"], layout.STATES)
         & (rows["time"] >= 0)
     )
@@ -88,13 +94,8 @@ def series_columns(journal: Path, slot: Sequence[Any]) -> Sequence[NDArray[Any]]
         SpoolFormatError: Its frame is damaged, or is not the one that the slot means.
         OSError, struct.error: The journal is missing, or too short.
     """
-    index, key, time, _, value, position, state = slot
-    with os.fdopen(open_file(journal, os.O_RDONLY), "rb") as file:
-        file.seek(max(int(position), 0))
-        head = file.read(layout.FRAME_HEADER.size)
-        length = layout.FRAME_HEADER.unpack(head)[1]
-        there = os.fstat(file.fileno()).st_size - file.tell()
-        n, payload = layout.parse_frame(head + file.read(max(min(length, there), 0)))
+    index, key, time, _, value, position, state, kind = slot
+    n, payload = _journal_frame(journal, int(position))
     flags, own_key, first = layout.SERIES_HEADER.unpack_from(payload)
     has_steps, has_times = bool(flags & layout.SERIES_STEPS), bool(flags & layout.SERIES_TIMES)
     start = layout.SERIES_HEADER.size
@@ -116,4 +117,30 @@ def series_columns(journal: Path, slot: Sequence[Any]) -> Sequence[NDArray[Any]]
         np.frombuffer(payload, "<f8", n, start),
         steps,
         np.full(n, state, np.uint8),
+        np.full(n, kind, np.uint8),
     ]
+
+
+def text_at(journal: Path, position: int, key: int) -> str:
+    """The value of a parameter or tag, from its slot's key id and offset in the journal.
+
+    Raises:
+        SpoolFormatError: Its frame is damaged, or is not the one that the slot means.
+        OSError, struct.error: The journal is missing, or too short.
+    """
+    _, payload = _journal_frame(journal, position)
+    if layout.TEXT_HEADER.unpack_from(payload) != (key,):
+        raise SpoolFormatError("it is not the one that its slot means")
+    try:
+        return payload[layout.TEXT_HEADER.size :].decode()
+    except UnicodeDecodeError as error:
+        raise SpoolFormatError(f"it is no text: {error}") from error
+
+
+def _journal_frame(journal: Path, position: int) -> tuple[int, bytes]:
+    with os.fdopen(open_file(journal, os.O_RDONLY), "rb") as file:
+        file.seek(max(position, 0))
+        head = file.read(layout.FRAME_HEADER.size)
+        length = layout.FRAME_HEADER.unpack(head)[1]
+        there = os.fstat(file.fileno()).st_size - file.tell()
+        return layout.parse_frame(head + file.read(max(min(length, there), 0)))

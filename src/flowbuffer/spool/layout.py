@@ -38,11 +38,12 @@
     offset  type   slot
     ======  =====  ===========================================================================
     0       i64    time: ns since the epoch, of the call; in ms if EXPLICIT
-    8       f64    value; of a SERIES: the number of its points
-    16      i64    step; of a SERIES: the offset of its frame in the journal
+    8       f64    value; of a SERIES: the number of its points; of a PARAM or TAG: 1
+    16      i64    step; of a SERIES, PARAM or TAG: the offset of its frame in the journal
     24      u32    offset of this slot in its file, so that a misplaced slot shows
     28      u32    key id
-    32      u16    flags: 1 EXPLICIT, the caller gave the timestamp · 2 SERIES
+    32      u16    0, or one of: 1 EXPLICIT, the caller gave the timestamp · 2 SERIES · 4 PARAM ·
+                   8 TAG
     34      5x     zero
     39      u8     state: 0x00 empty · 0x17 committed · 0x2B delivered · 0x4D rejected · 0x8E void
     ======  =====  ===========================================================================
@@ -66,9 +67,14 @@ void one anywhere, held no point whose call returned.
 A frame that is torn or damaged fails its checksum and is reported; a key frame carries its own id,
 so that a damaged table can lose keys but never swap them.
 
+**Key payload**: the key, UTF-8. Of metrics that are about a model or a dataset, it is followed by a
+NUL and the model's id, a NUL and the dataset's name, a NUL and its digest.
+
 **Series payload** (n points): u32 flags (1: steps follow, else they count from the next field;
 2: timestamps follow in ms, given by the caller, else the slot's time), u32 key id, i64 first step,
 then n f64 values, then n i64 steps if they follow, then n i64 timestamps if they follow.
+
+**Text payload** (a parameter's or a tag's value): u32 key id, then the value, UTF-8.
 """
 
 from __future__ import annotations
@@ -90,6 +96,10 @@ STATES: Final = (EMPTY, COMMITTED, DELIVERED, REJECTED, VOID)
 
 EXPLICIT: Final = 1
 SERIES: Final = 2
+PARAM: Final = 4
+TAG: Final = 8
+TEXT: Final = PARAM | TAG
+FLAGS: Final = (0, EXPLICIT, SERIES, PARAM, TAG)
 
 SLOT: Final = struct.Struct("<qdqIIH5xB")
 SLOT_SIZE: Final = SLOT.size
@@ -124,13 +134,17 @@ MAX_FRAME_PAYLOAD: Final = 64 << 20
 
 #: MLflow's limit on the length of a metric's key, in characters (``MAX_ENTITY_KEY_LENGTH``).
 MAX_KEY_LENGTH: Final = 250
-MAX_KEY_BYTES: Final = 4 * MAX_KEY_LENGTH
+#: What a key is about: a model's id, a dataset's name (at most 500 characters) and digest (36).
+MAX_KEY_BYTES: Final = 4 * (MAX_KEY_LENGTH + 1000)
+KEY_SEPARATOR: Final = "\0"
 
 SERIES_HEADER: Final = struct.Struct("<IIq")
 SERIES_STEPS: Final = 1
 SERIES_TIMES: Final = 2
 #: The most points in one journal frame; a longer series is several slots.
 MAX_SERIES_POINTS: Final = 65536
+
+TEXT_HEADER: Final = struct.Struct("<I")
 
 
 def segment_size(slots: int) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import posixpath
 import re
-from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsFloat, SupportsIndex
 
 from flowbuffer.errors import InvalidPoint
-from flowbuffer.spool.layout import MAX_KEY_LENGTH
+from flowbuffer.spool.layout import KEY_SEPARATOR, MAX_KEY_LENGTH, PARAM
 
 if TYPE_CHECKING:
     import numpy
@@ -22,6 +22,32 @@ if TYPE_CHECKING:
 
 #: Anything with ``__float__``: Python and NumPy numbers, bool, 0-d arrays, tensors.
 Number = SupportsFloat | SupportsIndex
+
+#: MLflow's limits on the values of parameters and tags, in characters (``MAX_PARAM_VAL_LENGTH`` and
+#: ``MAX_TAG_VAL_LENGTH`` in ``mlflow.utils.validation``).
+MAX_PARAM_LENGTH: Final = 6000
+MAX_TAG_LENGTH: Final = 8000
+
+
+class MetricKey(NamedTuple):
+    """The key of a metric that is about a model or a dataset; it can stand where a key can."""
+
+    key: str
+    model_id: str
+    dataset_name: str
+    dataset_digest: str
+
+    def stored(self, key: str) -> str:
+        """As the key table has it, with ``key`` in place of its own.
+
+        Raises:
+            InvalidPoint: It cannot be told apart there.
+        """
+        about: tuple[Any, ...] = self[1:]
+        if any(type(t) is not str or KEY_SEPARATOR in t or len(t) > 500 for t in about):
+            raise InvalidPoint(f"{about!r} is no model's id, dataset's name and digest")
+        return KEY_SEPARATOR.join((key, *about))
+
 
 _KEY = re.compile(r"[/\w.\- :]+")
 _INT64 = 1 << 63
@@ -66,6 +92,25 @@ def checked_value(key: object, value: Any) -> float:
             f"the value of {key!r} is {_shown(value)} ({error}); "
             "it must be a number, or have one element and __float__"
         ) from error
+
+
+def checked_text(kind: int, key: object, value: Any) -> str:
+    """The value of a parameter or, as ``kind`` says, a tag: text, or what ``str`` makes of it.
+
+    Raises:
+        InvalidPoint: It is longer than MLflow takes, or is no text.
+    """
+    what, most = ("parameter", MAX_PARAM_LENGTH) if kind == PARAM else ("tag", MAX_TAG_LENGTH)
+    try:
+        text = str(value)
+        text.encode()
+    except Exception as error:
+        raise InvalidPoint(f"the {what} {key!r} has no text ({error}); give a str") from error
+    if len(text) > most:
+        raise InvalidPoint(
+            f"the {what} {key!r} has {len(text)} characters; at most {most} are allowed"
+        )
+    return text
 
 
 def checked_step(step: Any) -> int:

@@ -25,9 +25,11 @@ from flowbuffer.spool.directory import ProducerDirectory, Spool
 from flowbuffer.spool.files import open_file
 from flowbuffer.spool.layout import COMMITTED, EXPLICIT, SERIES, SLOT, SLOT_SIZE, STATE_OFFSET, VOID
 from flowbuffer.spool.points import (
+    MetricKey,
     checked_key,
     checked_series,
     checked_step,
+    checked_text,
     checked_timestamp,
     checked_value,
 )
@@ -105,7 +107,7 @@ class Producer:
         self._end: tuple[int, int] | None = None  # the last barrier, once stopped
         self._last_buffer: Any = None
         self._power = settings.durability == "power"
-        self._key_ids: dict[str, int] = {}
+        self._key_ids: dict[Any, int] = {}  # by str or MetricKey; by (str,) of texts
         self._keys = self._open("keys")
         self._journal = -1
         self._journal_bytes = 0
@@ -125,7 +127,7 @@ class Producer:
         """Points for which there was no room, by reason."""
         return self._room.dropped
 
-    # The three calls. Everything that can fail comes before the reservation.
+    # The calls that log. Everything that can fail comes before the reservation.
 
     def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> Places:
         """Store one point and return its place.
@@ -247,6 +249,24 @@ class Producer:
             places += self._append_frame(frame, key_id, len(value))
         return places
 
+    def append_texts(self, kind: int, texts: Mapping[str, Any]) -> Places:
+        """Store parameters or, as ``kind`` says, tags: a journal frame and a slot for each.
+
+        Raises:
+            InvalidPoint: A key or value cannot be logged; nothing of the call was stored.
+            SpoolFull: There is no room (``when_full``).
+        """
+        checked = {checked_key(key): checked_text(kind, key, texts[key]) for key in texts}
+        places: list[Segment | int | str | None] = []
+        for key, text in checked.items():
+            if not self._add_key((key,)):
+                places += _DROPPED
+                continue
+            key_id = self._key_ids[(key,)]
+            frame = layout.frame(1, layout.TEXT_HEADER.pack(key_id) + text.encode())
+            places += self._append_frame(frame, key_id, 1, kind)
+        return places
+
     def sync(self, places: Places) -> None:
         """Bring these points to the disk itself (``durability="power"``)."""
         for segment in {segment for segment in places[::2] if isinstance(segment, Segment)}:
@@ -308,10 +328,19 @@ class Producer:
 
     def _add_key(self, key: Any, points: int = 1) -> bool:
         """Give a key its id; False if its ``points`` were dropped because the disk is full."""
-        stored = checked_key(self._stored_key(checked_key(key)))
-        return self._room.wait_for(lambda: self._write_key(str(key), stored), points) is not None
+        if isinstance(key, MetricKey):
+            stored = key.stored(self._checked_stored_key(key.key))
+        elif isinstance(key, tuple):
+            (stored,) = key  # of a parameter or tag, which the template is not for
+        else:
+            stored = self._checked_stored_key(key)
+            key = str(key)
+        return self._room.wait_for(lambda: self._write_key(key, stored), points) is not None
 
-    def _write_key(self, key: str, stored: str) -> int:
+    def _checked_stored_key(self, key: Any) -> str:
+        return checked_key(self._stored_key(checked_key(key)))
+
+    def _write_key(self, key: Any, stored: str) -> int:
         with self._lock:
             self._check_open()
             if key not in self._key_ids:
@@ -364,7 +393,7 @@ class Producer:
         reserve = itertools.count(layout.SEGMENT_HEADER_SIZE, SLOT_SIZE).__next__
         return reserve, buffer, Segment(path, number, self._hurry)
 
-    def _append_frame(self, frame: bytes, key_id: int, points: int) -> Places:
+    def _append_frame(self, frame: bytes, key_id: int, points: int, flags: int = SERIES) -> Places:
         """Store a journal frame and the slot that points to it."""
         while True:
             time = self._now_ns()
@@ -375,7 +404,7 @@ class Producer:
             slot = (time, float(points), position)
             offset = reserve()
             try:
-                _pack_into(buffer, offset, *slot, offset, key_id, SERIES, COMMITTED)
+                _pack_into(buffer, offset, *slot, offset, key_id, flags, COMMITTED)
             except BaseException as error:
                 if not self._make_room(error, buffer, offset, segment, position, points):
                     return _DROPPED

@@ -20,9 +20,24 @@ from numpy.typing import NDArray
 from flowbuffer.clock import Clock
 from flowbuffer.errors import SpoolError, SpoolFormatError
 from flowbuffer.spool import layout
-from flowbuffer.spool.columns import Block, mapped_segment, series_columns, sound_slots
+from flowbuffer.spool.columns import (
+    Block,
+    mapped_segment,
+    series_columns,
+    sound_slots,
+    text_at,
+)
 from flowbuffer.spool.files import open_file, read_file, write_file
-from flowbuffer.spool.layout import COMMITTED, DELIVERED, EMPTY, EXPLICIT, REJECTED, SERIES, VOID
+from flowbuffer.spool.layout import (
+    COMMITTED,
+    DELIVERED,
+    EMPTY,
+    EXPLICIT,
+    REJECTED,
+    SERIES,
+    TEXT,
+    VOID,
+)
 from flowbuffer.spool.states import CARRY, points_in, segment_numbers
 
 _MAX_KEYS_BYTES: Final = 256 << 20
@@ -78,6 +93,7 @@ class Reader:
         self._closed = False
         self._note: dict[str, Any] = {}
         self._keys: dict[int, str] = {}
+        self._tie_keys = np.zeros(0, np.uint32)
         self._open: list[_Segment] = []
         self._first = 0  # the number of the oldest segment that may exist
         self._next = 0  # the number of the next segment to open
@@ -114,6 +130,20 @@ class Reader:
     def key(self, identity: int) -> str:
         """The key of a key id that :meth:`read` gave out."""
         return self._keys[identity]
+
+    def tie_keys(self, identities: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """For each key id the first one with the same metric: what the metric is about, a model or
+        a dataset, makes another key, and MLflow keeps one history of both."""
+        return self._tie_keys[identities]
+
+    def text(self, segment_number: int, position: int, identity: int) -> str:
+        """The value of a parameter or tag that :meth:`read` gave out.
+
+        Raises:
+            OSError: It cannot be read any more.
+        """
+        journal = self._path(segment_number).with_suffix(".journal")
+        return text_at(journal, position, identity)
 
     def read(self, limit: int) -> Block | None:
         """The next points, about ``limit`` of them; None if there are none now.
@@ -325,10 +355,14 @@ class Reader:
         sound = sound_slots(slots, rows, self._known_keys(rows["key"]))
         for slot, row in zip(slots[~sound].tolist(), rows[~sound], strict=True):
             self._bury(segment, slot, row.tobytes(), "the slot is damaged")
+        for at in np.flatnonzero(sound & ((rows["flags"] & TEXT) != 0)).tolist():
+            sound[at] = self._has_text(segment, int(slots[at]), rows[at])
         slots, rows = slots[sound], rows[sound]
         explicit = (rows["flags"] & EXPLICIT) != 0
         time = np.where(explicit, rows["time"], rows["time"] // 1_000_000)
-        columns = [slots, rows["key"], time, explicit, rows["value"], rows["step"], rows["state"]]
+        kind = (rows["flags"] & TEXT).astype(np.uint8)
+        names = ("value", "step", "state")
+        columns = [slots, rows["key"], time, explicit, *(rows[name] for name in names), kind]
         series = np.flatnonzero(rows["flags"] & SERIES)
         if len(series):
             columns, last = self._with_series(segment, columns, series, limit)
@@ -390,11 +424,20 @@ class Reader:
         try:
             return series_columns(self._path(segment.number).with_suffix(".journal"), slot)
         except (OSError, struct.error) as error:
-            index, value, position = slot[0], slot[4], slot[5]
-            raw = np.array([value, position]).tobytes()
-            reason = f"a series of {value:g} points is damaged: {error}"
-            self._bury(segment, int(index), raw, reason)
+            index, value = int(slot[0]), slot[4]
+            raw = segment.columns[index].tobytes()
+            self._bury(segment, index, raw, f"a series of {value:g} points is damaged: {error}")
             return None
+
+    def _has_text(self, segment: _Segment, slot: int, row: Any) -> bool:
+        """Whether the frame of a parameter or tag is whole; if not, it is a dead letter."""
+        if row["state"] == COMMITTED:
+            try:
+                self.text(segment.number, int(row["step"]), int(row["key"]))
+            except (OSError, struct.error) as error:
+                self._bury(segment, slot, row.tobytes(), f"a parameter or tag is damaged: {error}")
+                return False
+        return True
 
     def _bury(self, segment: _Segment, slot: int, raw: bytes, reason: str) -> None:
         """Keep what cannot be read as a dead letter, so that it neither blocks nor disappears."""
@@ -430,6 +473,11 @@ class Reader:
     def _read_keys(self) -> None:
         try:
             self._keys = layout.parse_keys(read_file(self.folder / "keys", limit=_MAX_KEYS_BYTES))
+            self._tie_keys = np.arange(max(self._keys, default=-1) + 1, dtype=np.uint32)
+            first: dict[str, int] = {}
+            for identity in sorted(self._keys):
+                metric = self._keys[identity].split(layout.KEY_SEPARATOR)[0]
+                self._tie_keys[identity] = first.setdefault(metric, identity)
         except OSError as error:
             self._problem(f"{self.folder / 'keys'} cannot be read: {error}")
 

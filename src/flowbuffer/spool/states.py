@@ -168,6 +168,14 @@ def last_barrier(folder: Path) -> tuple[int, int]:
     return numbers[-1], layout.segment_size(used)
 
 
+def hurry_to_end(folder: Path) -> tuple[int, int]:
+    """Have everything that is in a folder now sent without lingering; a barrier after it."""
+    number, end = last_barrier(folder)
+    if number >= 0 and end > layout.SEGMENT_HEADER_SIZE:
+        want(folder / f"{number:08d}.slots", end - layout.SLOT_SIZE)
+    return number, end
+
+
 def closed_outcome(folder: Path) -> int:
     """The field ``outcome`` of a closed producer (see ``layout``); 0 if it was never closed."""
     for number in segment_numbers(folder)[-1:]:

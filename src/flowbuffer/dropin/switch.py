@@ -1,0 +1,127 @@
+"""The switch: ``flowbuffer.enable()`` and ``flowbuffer.disable()``."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from functools import wraps
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from flowbuffer.dropin.calls import OURS, Functions, Methods, Waits, flush_async_logging
+from flowbuffer.run_loggers import flush_all, use_settings
+from flowbuffer.settings import Settings
+
+
+class _Replaced(NamedTuple):
+    owner: Any
+    name: str
+    original: Any
+    replacement: Any
+
+
+_replaced: list[_Replaced] = []
+_lock = threading.RLock()
+
+
+class Switch:
+    """What :func:`enable` returns: ``with flowbuffer.enable(): ...`` disables at the end."""
+
+    def __enter__(self) -> Switch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        disable()
+
+
+def enable(**settings: Any) -> Switch:
+    """Buffer MLflow's own calls, in this process, from now on.
+
+    ``mlflow.log_metric``, ``log_metrics``, ``log_param``, ``log_params``, ``set_tag`` and
+    ``set_tags``, and the ``log_metric``, ``log_param``, ``set_tag`` and ``log_batch`` of
+    ``MlflowClient``, return at once; what reads a run waits for what was logged to it. To enable it
+    again changes the settings of the runs that are logged to for the first time from then on.
+
+    With ``FLOWBUFFER_ENABLED=0`` nothing is changed: the variable is there to switch off what a
+    program switches on.
+
+    Args:
+        settings: Those of :class:`Settings`, by name; they win over the environment.
+
+    Raises:
+        SettingError: One of them is out of its range, or no setting.
+    """
+    chosen = Settings.from_env(**settings)
+    if chosen.enabled is not False:
+        use_settings(chosen.with_changes(enabled=True))
+        with _lock:
+            if not _replaced:
+                for owner, name, make in _replacements():
+                    _replace(owner, name, make)
+    return Switch()
+
+
+def disable() -> None:
+    """Give MLflow its own calls back, and deliver what was logged until then, within
+    ``shutdown_timeout_s``."""
+    with _lock:
+        while _replaced:
+            owner, name, original, replacement = _replaced.pop()
+            for place in _places_of(owner):
+                if vars(place).get(name) is replacement:
+                    setattr(place, name, original)
+    flush_all(at_end=True)
+    use_settings(None)
+
+
+def is_enabled() -> bool:
+    """Whether MLflow's own calls are buffered."""
+    return bool(_replaced)
+
+
+def _replacements() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
+    from mlflow.store.tracking.abstract_store import AbstractStore
+    from mlflow.tracking import fluent
+    from mlflow.tracking._tracking_service.client import TrackingServiceClient
+    from mlflow.tracking.client import MlflowClient
+
+    for owner, makers in (
+        (TrackingServiceClient, Waits(TrackingServiceClient)),
+        (MlflowClient, Methods(fluent, TrackingServiceClient)),
+        (fluent, Functions(fluent, MlflowClient)),
+    ):
+        for name in makers.names:
+            if hasattr(owner, name):  # not every version has every method
+                yield owner, name, getattr(makers, name)
+    yield AbstractStore, "flush_async_logging", flush_async_logging
+
+
+def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name)
+    replacement = wraps(original)(make(original))
+    setattr(replacement, OURS, True)
+    for place in _places_of(owner):
+        if vars(place).get(name) is original:
+            setattr(place, name, replacement)
+    _replaced.append(_Replaced(owner, name, original, replacement))
+
+
+def _places_of(owner: Any) -> list[Any]:
+    """Where a function is: ``mlflow`` has what ``mlflow.tracking.fluent`` has."""
+    import mlflow
+
+    return [owner] if isinstance(owner, type) else [owner, mlflow]
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_lock)

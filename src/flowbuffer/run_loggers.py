@@ -1,0 +1,114 @@
+"""One logger for each run in this process, shared by all who log to it, so that order is kept."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from pathlib import Path
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.logger import MetricLogger
+from flowbuffer.settings import Settings
+from flowbuffer.spool.directory import Spool
+from flowbuffer.spool.states import Waiting, hurry_to_end, parked_reason
+
+_log = logging.getLogger("flowbuffer")
+
+#: A tracking URI as the caller has it, and a run.
+RunKey = tuple[str, str | None]
+
+_loggers: dict[RunKey, MetricLogger] = {}
+_lock = threading.RLock()
+_settings: Settings | None = None
+
+
+def run_settings() -> Settings:
+    """What :func:`use_settings` was given, else what the environment says."""
+    return Settings.from_env() if _settings is None else _settings
+
+
+def use_settings(settings: Settings | None) -> None:
+    """Give the settings of loggers that are made from now on; None is what the environment says."""
+    global _settings
+    _settings = settings
+
+
+def logger_of(tracking_uri: str, run_id: str | None) -> MetricLogger:
+    """The open logger of a run, made if there is none.
+
+    It is closed when the run is marked ended.
+
+    Args:
+        tracking_uri: As MLflow takes it.
+        run_id: None for a process that logs without a run of MLflow's.
+
+    Raises:
+        SpoolError: The spool cannot be used.
+    """
+    key = tracking_uri, run_id
+    logger = _loggers.get(key)
+    if logger is None or logger.closed:
+        with _lock:
+            logger = _loggers.get(key)
+            if logger is None or logger.closed:
+                logger = MetricLogger(run_id, tracking_uri=tracking_uri, settings=run_settings())
+                logger.closes_with_run = True
+                _loggers[key] = logger
+    return logger
+
+
+def all_loggers() -> list[MetricLogger]:
+    """Every logger that was made here, open or closed."""
+    return list(_loggers.values())
+
+
+def flush_run(run_id: str) -> None:
+    """Wait until what was logged to a run is delivered, by any process with the same spool, for
+    ``read_timeout_s`` at most."""
+    loggers = [logger for (_, own_id), logger in list(_loggers.items()) if own_id == run_id]
+    _flush(loggers, run_settings().read_timeout_s, {run_id})
+
+
+def flush_all(*, at_end: bool = False) -> None:
+    """Wait until what was logged to the runs that this process logged to is delivered, for
+    ``read_timeout_s`` at most or, ``at_end``, for ``shutdown_timeout_s``."""
+    settings = run_settings()
+    timeout_s = settings.shutdown_timeout_s if at_end else settings.read_timeout_s
+    _flush(all_loggers(), timeout_s, {logger.run_id for logger in all_loggers()})
+
+
+def _flush(loggers: list[MetricLogger], timeout_s: float, run_ids: set[str]) -> None:
+    start_s = SYSTEM_CLOCK.monotonic_s()
+    open_ones = [logger for logger in loggers if not logger.closed]
+    own = {logger.folder for logger in open_ones}
+    others = [
+        Waiting(folder, hurry_to_end(folder))
+        for run_id in run_ids
+        for folder in _spool_of(run_settings().resolved_spool_dir()).folders(run_id)
+        if folder not in own and parked_reason(folder) is None
+    ]
+    for logger in open_ones:
+        logger.flush(max(timeout_s - (SYSTEM_CLOCK.monotonic_s() - start_s), 0.0))
+    pause_s = 0.001
+    while any(not waiting.is_over() for waiting in others):
+        left_s = timeout_s - (SYSTEM_CLOCK.monotonic_s() - start_s)
+        if left_s <= 0:
+            _log.warning("after %g s not all that was logged is delivered yet", timeout_s)
+            return
+        SYSTEM_CLOCK.sleep(min(pause_s, left_s))
+        pause_s = min(2 * pause_s, 0.1)
+
+
+@functools.lru_cache(maxsize=8)
+def _spool_of(root: Path) -> Spool:
+    return Spool(root)
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
