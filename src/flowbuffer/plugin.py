@@ -6,6 +6,7 @@ It asks one variable. Where that is not set, nothing of flowbuffer is imported a
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 
@@ -23,14 +24,34 @@ def tracking_store(store_uri: str | None = None, **_: Any) -> Any:
     )
 
 
-def _enable(_: Any) -> None:
-    from flowbuffer.dropin.switch import enable
+class _EnableAfter:
+    """Finds one module as Python would, and enables flowbuffer once it is executed.
 
-    enable()
+    MLflow is being imported, and hands its functions out only after that.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def find_spec(self, name: str, *_: Any) -> Any:
+        if name != self._name:
+            return None
+        from importlib.util import find_spec
+
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_enable(module: Any) -> None:
+                from flowbuffer.dropin.switch import enable
+
+                execute(module)
+                enable()
+
+            spec.loader.exec_module = execute_and_enable  # type: ignore[method-assign]
+        return spec
 
 
 if os.environ.get("FLOWBUFFER_ENABLED", "").lower() in ("1", "true", "yes"):
-    from mlflow.utils.import_hooks import register_post_import_hook
-
-    # MLflow is being imported, and hands out its functions only after this.
-    register_post_import_hook(_enable, "mlflow.tracking.fluent")
+    sys.meta_path.insert(0, _EnableAfter("mlflow.tracking.fluent"))

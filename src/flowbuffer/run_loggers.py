@@ -64,9 +64,11 @@ def all_loggers() -> list[MetricLogger]:
     return list(_loggers.values())
 
 
-def flush_run(run_id: str) -> None:
+def flush_run(run_id: object) -> None:
     """Wait until what was logged to a run is delivered, by any process with the same spool, for
     ``read_timeout_s`` at most."""
+    if not isinstance(run_id, str):
+        return  # MLflow will say what is wrong with it
     loggers = [logger for (_, own_id), logger in list(_loggers.items()) if own_id == run_id]
     _flush(loggers, run_settings().read_timeout_s, {run_id})
 

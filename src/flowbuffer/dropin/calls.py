@@ -43,6 +43,10 @@ ABSENT = _Absent()
 OURS = "flowbuffers"
 
 
+#: MLflow has a future for each request, which takes 1000 metrics; so has an operation of ours.
+_POINTS_IN_FUTURE = 1000
+
+
 class _Delivery:
     """A handle as the future that MLflow's ``RunOperations`` waits for."""
 
@@ -85,30 +89,59 @@ def _answer(mode: _Mode, handle: Handle, otherwise: Any = None) -> Any:
         return otherwise
     from mlflow.utils.async_logging.run_operations import RunOperations
 
-    return RunOperations([_Delivery(handle)])
+    parts = range(0, max(len(handle), 1), 2 * _POINTS_IN_FUTURE)
+    return RunOperations([_Delivery(Handle(handle[i : i + 2 * _POINTS_IN_FUTURE])) for i in parts])
+
+
+def _start_sized_queue(store: Any) -> None:
+    """MLflow's queue starts with the first asynchronous call. It has nothing to do here, but who
+    gave it a size finds it as with MLflow alone."""
+    from mlflow.environment_variables import MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE
+
+    if MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE.is_set():
+        queue = getattr(store, "_async_logging_queue", None)
+        if queue is not None and not queue.is_active():
+            queue.activate()
 
 
 #: What the short way answers where it cannot be taken.
 _LONG = object()
 
 
-class Functions:
-    """Replacements of the functions in ``mlflow.tracking.fluent``.
-
-    They take the short way to a run that was logged to before: no client is built, and nobody is
-    asked. The long way is the original, which comes to the methods of :class:`Methods`.
+class _Calls:
+    """What both kinds of replacements know of MLflow.
 
     Args:
         fluent: ``mlflow.tracking.fluent``.
         client: ``mlflow.MlflowClient``.
+        tracking_client: ``TrackingServiceClient``, which a client has.
+        queue: ``AsyncLoggingQueue``, which a store has.
+    """
+
+    def __init__(self, fluent: Any, client: Any, tracking_client: Any, queue: Any) -> None:
+        self._fluent = fluent
+        self._client = client
+        self._tracking_client = tracking_client
+        self._queue = queue
+        self._enqueue = queue.log_batch_async
+        self._silent = not run_settings().logs(environment_place().rank)
+
+    def _buffers(self, mode: _Mode) -> bool:
+        if mode is _Mode.OPERATION:
+            # Somebody, like a test, who has put something in the place of MLflow's queue is to see
+            # what comes to it.
+            return bool(self._queue.log_batch_async is self._enqueue)
+        return mode is _Mode.NOTHING
+
+
+class Functions(_Calls):
+    """Replacements of the functions in ``mlflow.tracking.fluent``.
+
+    They take the short way to a run that was logged to before: no client is built, and nobody is
+    asked. The long way is the original, which comes to the methods of :class:`Methods`.
     """
 
     names = ("log_metric", "log_metrics", "log_param", "log_params", "set_tag", "set_tags")
-
-    def __init__(self, fluent: Any, client: Any) -> None:
-        self._fluent = fluent
-        self._client = client
-        self._silent = not run_settings().logs(environment_place().rank)
 
     def _run(self, run_id: str | None) -> BufferedRun | None:
         """The run, if it is known and the metric is about no model."""
@@ -134,7 +167,7 @@ class Functions:
         mode = _mode(synchronous)
         if self._silent:
             return _answer(mode, Handle(), otherwise)
-        if mode is not _Mode.STORES and self._is_ours(method):
+        if self._buffers(mode) and self._is_ours(method):
             run = self._run(run_id)
             if run is not None:
                 try:
@@ -260,15 +293,10 @@ class Functions:
         return set_tags
 
 
-class Methods:
+class Methods(_Calls):
     """Replacements of the methods of ``mlflow.MlflowClient`` that log."""
 
     names = ("log_metric", "log_param", "set_tag", "log_batch")
-
-    def __init__(self, fluent: Any, tracking_client: Any) -> None:
-        self._fluent = fluent
-        self._tracking_client = tracking_client
-        self._silent = not run_settings().logs(environment_place().rank)
 
     def _call(
         self,
@@ -285,7 +313,9 @@ class Methods:
         mode = _mode(synchronous)
         if self._silent:
             return _answer(mode, Handle(), otherwise)
-        if mode is not _Mode.STORES:
+        if self._buffers(mode):
+            if mode is _Mode.OPERATION:
+                _start_sized_queue(client._tracking_client.store)
             try:
                 handle = log(buffered_run(client._tracking_client, run_id))
                 return _answer(mode, handle, otherwise)

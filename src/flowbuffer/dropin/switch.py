@@ -90,11 +90,14 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     from mlflow.tracking import fluent
     from mlflow.tracking._tracking_service.client import TrackingServiceClient
     from mlflow.tracking.client import MlflowClient
+    from mlflow.utils.async_logging.async_logging_queue import AsyncLoggingQueue
 
+    known = fluent, MlflowClient, TrackingServiceClient, AsyncLoggingQueue
+    makers: Any
     for owner, makers in (
         (TrackingServiceClient, Waits(TrackingServiceClient)),
-        (MlflowClient, Methods(fluent, TrackingServiceClient)),
-        (fluent, Functions(fluent, MlflowClient)),
+        (MlflowClient, Methods(*known)),
+        (fluent, Functions(*known)),
     ):
         for name in makers.names:
             if hasattr(owner, name):  # not every version has every method
