@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
-from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.logger import MetricLogger
 from flowbuffer.settings import Settings
-from flowbuffer.spool.directory import Spool
+from flowbuffer.spool.directory import folders
 from flowbuffer.spool.states import Waiting, hurry_to_end, parked_reason
 
 _log = logging.getLogger("flowbuffer")
@@ -88,7 +86,7 @@ def _flush(loggers: list[MetricLogger], timeout_s: float, run_ids: set[str]) -> 
     others = [
         Waiting(folder, hurry_to_end(folder))
         for run_id in run_ids
-        for folder in _spool_of(run_settings().resolved_spool_dir()).folders(run_id)
+        for folder in folders(run_settings().resolved_spool_dir(), run_id)
         if folder not in own and parked_reason(folder) is None
     ]
     for logger in open_ones:
@@ -101,11 +99,6 @@ def _flush(loggers: list[MetricLogger], timeout_s: float, run_ids: set[str]) -> 
             return
         SYSTEM_CLOCK.sleep(min(pause_s, left_s))
         pause_s = min(2 * pause_s, 0.1)
-
-
-@functools.lru_cache(maxsize=8)
-def _spool_of(root: Path) -> Spool:
-    return Spool(root)
 
 
 def _new_lock() -> None:

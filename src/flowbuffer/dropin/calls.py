@@ -9,7 +9,7 @@ that before they call a client's method, so :data:`ABSENT` is handed to them in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum, auto
 from typing import Any
 
@@ -306,6 +306,7 @@ class Methods(_Calls):
         log: Callable[[BufferedRun], Handle],
         store: Callable[[Any], Any],
         otherwise: Any = None,
+        params: Iterable[tuple[str, Any]] = (),
     ) -> Any:
         """Buffer with ``log``; what cannot be is stored with ``store(synchronous)``."""
         if type(client._tracking_client) is not self._tracking_client:
@@ -322,7 +323,11 @@ class Methods(_Calls):
             except NotBuffered:
                 pass
         flush_run(run_id)
-        return store(None if synchronous is ABSENT else synchronous)
+        stored = store(None if synchronous is ABSENT else synchronous)
+        known = known_run(client._tracking_client.tracking_uri, run_id)
+        if mode is _Mode.STORES and known is not None:
+            known.remember_params({key: str(value) for key, value in params})
+        return stored
 
     def _key(self, key: Any, model_id: Any, name: Any, digest: Any) -> Any:
         """What a metric is logged under; it is about the active model if about no other one."""
@@ -381,6 +386,7 @@ class Methods(_Calls):
                 lambda run: run.log_params({key: value}),
                 lambda synchronous: original(client, run_id, key, value, synchronous),
                 value,
+                [(key, value)],
             )
 
         return log_param
@@ -424,6 +430,7 @@ class Methods(_Calls):
                 synchronous,
                 lambda run: run.log_batch(map(self._point, metrics), params, tags),
                 store,
+                params=[(param.key, param.value) for param in params],
             )
 
         return log_batch

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -116,6 +118,10 @@ class BufferedRun:
             places += self.logger._append(*point)
         return Handle(places)
 
+    def remember_params(self, params: Mapping[str, str]) -> None:
+        """MLflow itself has stored these."""
+        self._params.update(params)
+
     def _checked(self, metric: tuple[Any, Any, Any, Any]) -> Point:
         key, value, step, timestamp = metric
         try:
@@ -151,6 +157,7 @@ def _texts(kind: int, given: Mapping[Any, Any]) -> dict[str, str]:
 
 
 _runs: dict[tuple[str, str], BufferedRun] = {}
+_lock = threading.Lock()
 _told: set[str] = set()  # why nothing can be spooled
 
 
@@ -189,8 +196,10 @@ def buffered_run(tracking_client: Any, run_id: Any) -> BufferedRun:
             _told.add(str(error))
             _log.warning("MLflow's calls are not buffered: %s", error)
         raise NotBuffered from error
-    run = _runs[uri, run_id] = BufferedRun(logger, params, has_models)
-    return run
+    with _lock:
+        for key in [key for key, run in _runs.items() if run.logger.closed]:
+            del _runs[key]
+        return _runs.setdefault((uri, run_id), BufferedRun(logger, params, has_models))
 
 
 def forget_run(run_id: str) -> None:
@@ -252,3 +261,11 @@ def _as_float(value: Any) -> float:
     if type(number) is not float:
         raise NotBuffered
     return number
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)

@@ -118,9 +118,7 @@ class Spool:
 
     def folders(self, run_id: str | None = None) -> Iterator[Path]:
         """Every producer's folder, dead or alive; or those of one run."""
-        runs = _subfolders(self.root) if run_id is None else [self.root / escaped(run_id)]
-        for run in runs:
-            yield from _subfolders(run)
+        return folders(self.root, run_id)
 
     def claim(self, folder: Path, *, living: bool = False) -> Claim | None:
         """The right to deliver a folder.
@@ -188,6 +186,13 @@ class Spool:
                 except FileNotFoundError:
                     continue  # delivered and removed meanwhile
         return total
+
+
+def folders(root: Path, run_id: str | None = None) -> Iterator[Path]:
+    """:meth:`Spool.folders` of a spool that need not exist."""
+    runs = _subfolders(root) if run_id is None else [root / escaped(run_id)]
+    for run in runs:
+        yield from _subfolders(run)
 
 
 def has_producer(folder: Path) -> bool:
