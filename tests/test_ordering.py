@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,16 +14,17 @@ from hypothesis import strategies as st
 from flowbuffer.ordering import ROW, Backlog, TieRule
 from flowbuffer.spool.columns import Block
 
-# (key, time in ms, step, explicit): few values, so that ties are the rule.
-Point = tuple[int, int, int, bool]
+# (key, time in ms, step, explicit, value): few of each, so that ties are the rule.
+Point = tuple[int, int, int, bool, float]
+VALUES = st.sampled_from([0.0, 1.0, 2.0, math.nan, math.inf, -math.inf])
 POINTS = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(-1, 3), st.booleans()),
+    st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(-1, 3), st.booleans(), VALUES),
     max_size=40,
 )
 
 
 def block(points: list[Point]) -> Block:
-    keys, times, steps, explicit = zip(*points, strict=True) if points else ((), (), (), ())
+    keys, times, steps, explicit, values = zip(*points, strict=True) if points else ((),) * 5
     n = len(points)
     return Block(
         segment=0,
@@ -30,7 +33,7 @@ def block(points: list[Point]) -> Block:
         key=np.array(keys, np.uint32),
         time=np.array(times, np.int64),
         explicit=np.array(explicit, np.bool_),
-        value=np.zeros(n),
+        value=np.array(values, np.float64),
         step=np.array(steps, np.int64),
         state=np.ones(n, np.uint8),
         kind=np.zeros(n, np.uint8),
@@ -45,7 +48,7 @@ def runs_backwards(points: list[Point]) -> bool:
     """Whether a time that the caller gave is before the last one of its key."""
     last: dict[int, int] = {}
     clock = 0
-    for key, time, _, explicit in points:
+    for key, time, _, explicit, _ in points:
         if not explicit:
             clock = time = max(clock, time)
         if explicit and time < last.get(key, 0):
@@ -54,15 +57,24 @@ def runs_backwards(points: list[Point]) -> bool:
     return False
 
 
+def stored(value: float) -> float:
+    """As MLflow's SQL stores have it, NaN being a column of its own."""
+    most = sys.float_info.max
+    return 0.0 if math.isnan(value) else min(max(value, -most), most)
+
+
 @given(POINTS)
 def test_a_key_reads_back_as_logged(points: list[Point]) -> None:
-    """P2: sorted by (time, step), every key's points are in the order of the calls, none equal."""
+    """P2: sorted by (time, step, value), as MLflow sorts, each key's points are in the order
+    of the calls, none equal."""
     times = applied(TieRule(), points)
     if runs_backwards(points):
         return  # the promise does not cover it
     for key in {point[0] for point in points}:
         sent = [
-            (time, point[2]) for time, point in zip(times, points, strict=True) if point[0] == key
+            (time, point[2], stored(point[4]))
+            for time, point in zip(times, points, strict=True)
+            if point[0] == key
         ]
         assert sent == sorted(set(sent))
 
@@ -78,10 +90,11 @@ def test_nothing_moves_back(points: list[Point]) -> None:
 def test_implicit_points_never_collide(points: list[Point]) -> None:
     """P2: a point whose time the caller did not give equals no other one of its key before it."""
     times = applied(TieRule(), points)
-    seen: set[tuple[int, int, int]] = set()
-    for time, (key, _, step, explicit) in zip(times, points, strict=True):
-        assert explicit or (key, time, step) not in seen
-        seen.add((key, time, step))
+    seen: set[tuple[int, int, int, float]] = set()
+    for time, (key, _, step, explicit, value) in zip(times, points, strict=True):
+        row = (key, time, step, stored(value))
+        assert explicit or row not in seen
+        seen.add(row)
 
 
 @given(POINTS, st.lists(st.integers(0, 40), max_size=4))
@@ -100,17 +113,36 @@ def test_a_restart_moves_points_identically(points: list[Point], cuts: list[int]
 @pytest.mark.parametrize(
     ("points", "expected"),
     [
-        pytest.param([(0, 5, 0, False)] * 3, [5, 6, 7], id="a tie moves by the fewest ms"),
+        pytest.param([(0, 5, 0, False, 0.0)] * 3, [5, 6, 7], id="a tie moves by the fewest ms"),
         pytest.param(
-            [(0, 5, 0, False), (0, 5, 1, False)], [5, 5], id="a rising step moves nothing"
+            [(0, 5, 0, False, 0.0), (0, 5, 1, False, 0.0)], [5, 5], id="a rising step moves nothing"
         ),
-        pytest.param([(0, 5, 1, False), (0, 5, 0, False)], [5, 6], id="a falling step moves"),
-        pytest.param([(0, 5, 0, False), (0, 3, 1, False)], [5, 5], id="the clock was set back"),
-        pytest.param([(0, 5, 0, False), (1, 3, 0, False)], [5, 5], id="for every key"),
-        pytest.param([(0, 5, 0, True), (0, 3, 0, True)], [5, 3], id="a given time may run back"),
-        pytest.param([(0, 5, 0, True)] * 2 + [(0, 6, 0, True)], [5, 6, 7], id="given ties move"),
-        pytest.param([(0, 5, 0, True), (1, 3, 0, True)], [5, 3], id="keys do not mix"),
-        pytest.param([(0, 9, 0, True), (0, 2, 0, False)], [9, 10], id="after a given one"),
+        pytest.param(
+            [(0, 5, 0, False, 0.0), (0, 5, 0, False, 0.5)],
+            [5, 5],
+            id="a rising value moves nothing",
+        ),
+        pytest.param(
+            [(0, 5, 0, True, 1.0), (0, 5, 0, True, 0.5)], [5, 6], id="a falling value moves"
+        ),
+        pytest.param([(0, 5, 0, False, math.nan), (0, 5, 0, False, 0.0)], [5, 6], id="NaN is as 0"),
+        pytest.param(
+            [(0, 5, 1, False, 0.0), (0, 5, 0, False, 0.0)], [5, 6], id="a falling step moves"
+        ),
+        pytest.param(
+            [(0, 5, 0, False, 0.0), (0, 3, 1, False, 0.0)], [5, 5], id="the clock was set back"
+        ),
+        pytest.param([(0, 5, 0, False, 0.0), (1, 3, 0, False, 0.0)], [5, 5], id="for every key"),
+        pytest.param(
+            [(0, 5, 0, True, 0.0), (0, 3, 0, True, 0.0)], [5, 3], id="a given time may run back"
+        ),
+        pytest.param(
+            [(0, 5, 0, True, 0.0)] * 2 + [(0, 6, 0, True, 0.0)], [5, 6, 7], id="given ties move"
+        ),
+        pytest.param([(0, 5, 0, True, 0.0), (1, 3, 0, True, 0.0)], [5, 3], id="keys do not mix"),
+        pytest.param(
+            [(0, 9, 0, True, 0.0), (0, 2, 0, False, 0.0)], [9, 10], id="after a given one"
+        ),
     ],
 )
 def test_the_rule_by_example(points: list[Point], expected: list[int]) -> None:

@@ -23,7 +23,7 @@ from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
 from flowbuffer.spool.reader import Reader
-from flowbuffer.spool.states import has_dead_letters
+from flowbuffer.spool.states import closed_outcome, has_dead_letters
 from flowbuffer.transport import MlflowTransport, Transport, absolute_uri
 
 _log = logging.getLogger("flowbuffer")
@@ -362,9 +362,11 @@ class Collector:
 
 
 def is_served(folder: Path) -> bool:
-    """Whether a folder is of a living producer that relies on a collector process."""
+    """Whether a folder is of a living producer that relies on a collector process, for what it has
+    still to log."""
     try:
-        return read_info(folder).delivery == "process" and has_producer(folder)
+        waits = read_info(folder).delivery == "process" and has_producer(folder)
+        return waits and not closed_outcome(folder)
     except SpoolError:
         return False
 

@@ -196,6 +196,25 @@ def last_error(folder: Path) -> str:
     return error
 
 
+def settings_for(tracking_uri: str, settings: Settings) -> Settings:
+    """``settings``, with ``delivery="thread"`` where only this process knows the store: its scheme
+    was registered by the program, not by an installed plugin."""
+    if settings.delivery != "process":
+        return settings
+    from importlib.metadata import entry_points
+
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+    from mlflow.utils.uri import get_uri_scheme
+
+    scheme = get_uri_scheme(tracking_uri)
+    builder = _tracking_store_registry._registry.get(scheme)
+    if builder is None or getattr(builder, "__module__", "").startswith("mlflow."):
+        return settings
+    if any(scheme == plugin.name for plugin in entry_points(group="mlflow.tracking_store")):
+        return settings
+    return settings.with_changes(delivery="thread")
+
+
 def delivery_of(settings: Settings, tracking_uri: str) -> Delivery:
     """Who delivers, by the settings."""
     if settings.offline:

@@ -129,6 +129,14 @@ def _made(uri: str, timeout_s: float) -> Any:
     return client
 
 
+_here = threading.local()
+
+
+def is_delivering() -> bool:
+    """Whether this thread is in a request of delivery's own."""
+    return getattr(_here, "delivers", False)
+
+
 class _SingleRequests:
     """What delivery uses of ``RestStore``, each call one HTTP request.
 
@@ -171,6 +179,7 @@ class _SingleRequests:
         from mlflow.utils.rest_utils import http_request
 
         endpoint, method = self._endpoints[api]
+        _here.delivers = True
         try:
             response = http_request(
                 self._store.get_host_creds(),
@@ -183,6 +192,8 @@ class _SingleRequests:
             )
         except MlflowException as error:
             raise RetriableError(first_line(error)) from error
+        finally:
+            _here.delivers = False
         if response.status_code != 200:
             code, said = _said(response.text)
             raise error_of_status(

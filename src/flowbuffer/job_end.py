@@ -77,6 +77,11 @@ def is_child() -> bool:
     return process is not None and process.parent_process() is not None
 
 
+def has_failed() -> bool:
+    """Whether an exception that nobody caught ends this process; not asked of interactive ones."""
+    return hasattr(sys, "last_type") and not hasattr(sys, "ps1")
+
+
 def _install() -> None:
     """Once per process, and inherited by forked children."""
     global _installed

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from flowbuffer import job_end
 from flowbuffer.active_run import end_run, find_run
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.delivery import Delivery, DeliveryByProcess, DeliveryHere, delivery_of
+from flowbuffer.delivery import (
+    Delivery,
+    DeliveryByProcess,
+    DeliveryHere,
+    delivery_of,
+    last_error,
+    settings_for,
+)
 from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.handle import Handle
 from flowbuffer.ledger import Ledger, is_over
@@ -72,8 +79,8 @@ class MetricLogger:
         import mlflow
 
         self.closes_with_run = False
-        self._settings = Settings.from_env() if settings is None else settings
         self._uri = tracking_uri or mlflow.get_tracking_uri()
+        self._settings = settings_for(self._uri, settings or Settings.from_env())
         self._place = environment_place()
         self._logs = self._settings.logs(self._place.rank)
         start = starts_runs(self._settings)
@@ -101,6 +108,10 @@ class MetricLogger:
     def folder(self) -> Path | None:
         """Where its points wait for delivery; None if it spools none."""
         return self._producer.directory.path if isinstance(self._producer, Producer) else None
+
+    def is_held_up(self) -> bool:
+        """Whether something is known to be in the way of delivery."""
+        return self.folder is not None and last_error(self.folder) != ""
 
     @property
     def settings(self) -> Settings:
@@ -228,14 +239,15 @@ class MetricLogger:
         counts = self._counts()
         return Stats(**counts, **(self._ledger.stats() if self._ledger is not None else {}))
 
-    def close(self, timeout: float | None = None) -> Report:
+    def close(self, timeout: float | None = None, *, failed: bool = False) -> Report:
         """Flush, then stop; the logger takes no more points. Closing again waits again.
 
         Args:
             timeout: The most seconds to wait; None means ``shutdown_timeout_s``. What is not
                 delivered by then stays in the spool.
+            failed: The job did not end well: a run that this logger started is marked ``FAILED``.
         """
-        return self._close(timeout, "FINISHED")
+        return self._close(timeout, "FAILED" if failed else "FINISHED")
 
     def __enter__(self) -> MetricLogger:
         return self
@@ -246,7 +258,7 @@ class MetricLogger:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._close(None, "FINISHED" if kind is None else "FAILED")
+        self.close(failed=kind is not None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self._run_id, self._uri, self._settings)
@@ -274,7 +286,9 @@ class MetricLogger:
 
     def close_at_end(self, timeout: float) -> None:
         """Close at the end of the job."""
-        self._close(timeout, "FINISHED", progress=True, wait=not self._left_to_others)
+        failed = job_end.has_failed()
+        wait = not self._left_to_others
+        self._close(timeout, "FAILED" if failed else "FINISHED", progress=True, wait=wait)
 
     @property
     def _left_to_others(self) -> bool:

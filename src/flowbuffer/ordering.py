@@ -2,14 +2,15 @@
 
 MLflow's SQL stores keep a point under (run, key, timestamp, step, value, is_nan) and read a
 history back sorted by (timestamp, step, value). So that a history reads back as it was logged, the
-points of one key that one producer logged are made strictly rising in (timestamp, step).
+points of one key that one producer logged are made strictly rising in (timestamp, step, value).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,10 @@ from flowbuffer.spool.columns import Block
 _NEVER: Final = -(1 << 62)
 
 _KEY_STATE: Final = np.dtype(
-    [("given", "<i8"), ("time", "<i8"), ("step", "<i8"), ("top_time", "<i8"), ("top_step", "<i8")]
+    [
+        *[("given", "<i8"), ("time", "<i8"), ("step", "<i8"), ("value", "<f8")],
+        *[("top_time", "<i8"), ("top_step", "<i8"), ("top_value", "<f8")],
+    ]
 )
 
 
@@ -27,9 +31,9 @@ class TieRule:
     """Moves the points of one producer forward in time where they would collapse or reorder.
 
     A point whose time its caller did not give is never earlier than one before it (the wall clock
-    may be set back). A point that does not rise above the one before it in (time, step) gets that
-    one's time if its step rises, else one ms more. A time that the caller gave and that is before
-    the last one given for that key is left alone.
+    may be set back). A point that does not rise above the one before it in (time, step, value) gets
+    that one's time, and one ms more if it still does not. A time that the caller gave and that is
+    before the last one given for that key is left alone.
 
     The rule depends on the sequence of points and on ``state`` only, so that it does the same
     after a restart.
@@ -71,24 +75,26 @@ class TieRule:
         self._grow(int(block.key.max()) + 1)
         by_key = np.argsort(block.key, kind="stable")
         key, sorted_time, step = block.key[by_key], time[by_key], block.step[by_key]
+        value = _as_sorted(block.value[by_key])
         starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
         ends = np.r_[starts[1:], len(key)]
         known = self._keys[key[starts]]
-        rises = _above(sorted_time[1:], step[1:], sorted_time[:-1], step[:-1])
-        rises = np.r_[True, rises]
-        rises[starts] = _above(
-            sorted_time[starts], step[starts], known["top_time"], known["top_step"]
-        )
+        points = (sorted_time, step, value)
+        rises = np.r_[True, _above([c[1:] for c in points], [c[:-1] for c in points])]
+        tops = [known[name] for name in ("top_time", "top_step", "top_value")]
+        rises[starts] = _above([c[starts] for c in points], tops)
         plain = np.logical_and.reduceat(rises, starts)
         last = ends[plain] - 1
         rows = np.zeros(len(last), _KEY_STATE)
         rows["given"] = rows["time"] = rows["top_time"] = sorted_time[last]
         rows["step"] = rows["top_step"] = step[last]
+        rows["value"] = rows["top_value"] = value[last]
         self._keys[key[last]] = rows
         for start, end in zip(starts[~plain].tolist(), ends[~plain].tolist(), strict=True):
             explicit = block.explicit[by_key[start:end]]
+            part = slice(start, end)
             sorted_time[start:end] = self._follow(
-                int(key[start]), sorted_time[start:end], step[start:end], explicit
+                int(key[start]), sorted_time[part], step[part], value[part], explicit
             )
         time[by_key] = sorted_time
         moved = time - block.time
@@ -108,24 +114,26 @@ class TieRule:
         key: int,
         times: NDArray[np.int64],
         steps: NDArray[np.int64],
+        values: NDArray[np.float64],
         explicit: NDArray[np.bool_],
     ) -> list[int]:
         """The rule itself, point by point."""
-        given, last_time, last_step, top_time, top_step = self._keys[key].tolist()
+        given, *rest = self._keys[key].tolist()
+        last, top = tuple(rest[:3]), tuple(rest[3:])  # (time, step, value)
         result = []
-        columns = zip(times.tolist(), steps.tolist(), explicit.tolist(), strict=True)
-        for time, step, is_explicit in columns:
+        columns = (column.tolist() for column in (times, steps, values, explicit))
+        for time, step, value, is_explicit in zip(*columns, strict=True):
             if is_explicit and time < given:
                 moved = time
             else:
-                before = (last_time, last_step) if is_explicit else (top_time, top_step)
+                before = last if is_explicit else top
                 moved = max(time, before[0])
-                if (moved, step) <= before:
+                if (moved, step, value) <= before:
                     moved += 1
             result.append(moved)
-            given, last_time, last_step = time, moved, step
-            top_time, top_step = max((top_time, top_step), (moved, step))
-        self._keys[key] = (given, last_time, last_step, top_time, top_step)
+            given, last = time, (moved, step, value)
+            top = max(top, last)
+        self._keys[key] = (given, *last, *top)
         return result
 
     def _grow(self, size: int) -> None:
@@ -137,13 +145,18 @@ class TieRule:
             self._keys = fresh
 
 
-def _above(
-    time: NDArray[np.int64],
-    step: NDArray[np.int64],
-    other_time: NDArray[np.int64],
-    other_step: NDArray[np.int64],
-) -> NDArray[np.bool_]:
-    above: NDArray[np.bool_] = (time > other_time) | ((time == other_time) & (step > other_step))
+def _as_sorted(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a store sorts by: it has 0 for NaN, and its largest numbers for infinities."""
+    return np.nan_to_num(values)
+
+
+def _above(points: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+    """Which of these points, columns (time, step, value), sort after the others."""
+    (time, step, value), (other_time, other_step, other_value) = points, others
+    above: NDArray[np.bool_] = (time > other_time) | (
+        (time == other_time)
+        & ((step > other_step) | ((step == other_step) & (value > other_value)))
+    )
     return above
 
 

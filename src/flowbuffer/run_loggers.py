@@ -71,12 +71,33 @@ def flush_run(run_id: object) -> None:
     _flush(loggers, run_settings().read_timeout_s, {run_id})
 
 
-def flush_all(*, at_end: bool = False) -> None:
-    """Wait until what was logged to the runs that this process logged to is delivered, for
-    ``read_timeout_s`` at most or, ``at_end``, for ``shutdown_timeout_s``."""
-    settings = run_settings()
-    timeout_s = settings.shutdown_timeout_s if at_end else settings.read_timeout_s
-    _flush(all_loggers(), timeout_s, {logger.run_id for logger in all_loggers()})
+def flush_all(tracking_uri: str) -> None:
+    """:func:`flush_run` of every run that this process logged to, but of runs elsewhere only while
+    nothing holds them up: what is read then need not wait for a server that is gone."""
+    loggers = [
+        logger
+        for (uri, _), logger in list(_loggers.items())
+        if not logger.closed and (uri == tracking_uri or not logger.is_held_up())
+    ]
+    _flush(loggers, run_settings().read_timeout_s, {logger.run_id for logger in loggers})
+
+
+def flush_at_end() -> None:
+    """:func:`flush_run` of every run that this process logged to, for ``shutdown_timeout_s``."""
+    loggers = [logger for logger in all_loggers() if not logger.closed]
+    run_ids = {logger.run_id for logger in loggers}
+    _flush(loggers, run_settings().shutdown_timeout_s, run_ids)
+
+
+def flush_server(url: str) -> None:
+    """:func:`flush_run` of every run of the server that a request goes to."""
+    loggers = [
+        logger
+        for (uri, _), logger in list(_loggers.items())
+        if uri.startswith("http") and url.startswith(uri.rstrip("/") + "/") and not logger.closed
+    ]
+    if loggers:
+        _flush(loggers, run_settings().read_timeout_s, {logger.run_id for logger in loggers})
 
 
 def _flush(loggers: list[MetricLogger], timeout_s: float, run_ids: set[str]) -> None:

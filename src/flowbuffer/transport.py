@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -75,6 +76,7 @@ class MlflowTransport:
         self._settings = settings
         self._clock = clock
         self._client: Any = None
+        self._file: tuple[int, int] | None = None
         self._client_lock = threading.Lock()
         self._active_until_s: dict[str, float] = {}
         self._requests: queue.SimpleQueue[tuple[Request, Done] | None] = queue.SimpleQueue()
@@ -154,9 +156,30 @@ class MlflowTransport:
 
     def _delivery_client(self) -> Any:
         with self._client_lock:
+            file = self._database_file()
             if self._client is None:
                 self._client = delivery_client(self._uri, self._settings.request_timeout_s)
+            elif file != self._file:
+                # Another file is there now; the connections are to the one that was deleted.
+                self._client._tracking_client.store.engine.dispose()
+            self._file = file
             return self._client
+
+    def _database_file(self) -> tuple[int, int] | None:
+        """Which file a SQLite database is in; None for everything else.
+
+        Raises:
+            RunGoneError: There is none. MLflow would make a new, empty one.
+        """
+        scheme, _, path = self._uri.partition(":///")
+        path = path.partition("?")[0]
+        if scheme.split("+")[0] != "sqlite" or not path or ":memory:" in path:
+            return None
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            raise RunGoneError(f"the database {path} does not exist") from None
+        return found.st_dev, found.st_ino
 
 
 def _metric(stored_key: str, *point: Any) -> Any:

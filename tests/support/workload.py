@@ -184,7 +184,8 @@ def _had_to_move(metric: "Metric", before: "Metric | None") -> bool:
     """Whether an earlier time would not have kept the point behind the one before it."""
     if before is None:
         return False
-    least = before.timestamp + (metric.step <= before.step)
+    ties = (metric.step, metric.value) <= (before.step, before.value)
+    least = before.timestamp + ties
     return metric.timestamp == least
 
 

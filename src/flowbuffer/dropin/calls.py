@@ -9,11 +9,14 @@ that before they call a client's method, so :data:`ABSENT` is handed to them in 
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum, auto
 from typing import Any
 
 from flowbuffer.active_run import current_uri
+from flowbuffer.delivery_client import is_delivering
 from flowbuffer.dropin.runs import (
     BufferedRun,
     NotBuffered,
@@ -23,7 +26,7 @@ from flowbuffer.dropin.runs import (
     models_were_logged,
 )
 from flowbuffer.handle import Handle
-from flowbuffer.run_loggers import flush_all, flush_run, run_settings
+from flowbuffer.run_loggers import flush_all, flush_run, flush_server, run_settings
 from flowbuffer.settings import environment_place, says_async_logging
 from flowbuffer.spool.points import MetricKey
 
@@ -42,6 +45,8 @@ ABSENT = _Absent()
 #: The attribute that tells a replacement from what others put in its place.
 OURS = "flowbuffers"
 
+
+_time = time.time
 
 #: MLflow has a future for each request, which takes 1000 metrics; so has an operation of ours.
 _POINTS_IN_FUTURE = 1000
@@ -124,9 +129,14 @@ class _Calls:
         self._tracking_client = tracking_client
         self._queue = queue
         self._enqueue = queue.log_batch_async
+        self._stores = {name: getattr(tracking_client, name) for name in Methods.names}
         self._silent = not run_settings().logs(environment_place().rank)
 
     def _buffers(self, mode: _Mode) -> bool:
+        if time.time is not _time:
+            return (
+                False  # somebody has put a clock in its place: MLflow goes by it, and ours does not
+            )
         if mode is _Mode.OPERATION:
             # Somebody, like a test, who has put something in the place of MLflow's queue is to see
             # what comes to it.
@@ -180,7 +190,11 @@ class Functions(_Calls):
         """Whether nobody has put something else, like a test's mock, in the place of our method,
         which is to be called then."""
         client = self._client
-        return self._fluent.MlflowClient is client and hasattr(getattr(client, method), OURS)
+        return (
+            self._fluent.MlflowClient is client
+            and hasattr(getattr(client, method), OURS)
+            and getattr(self._tracking_client, method) is self._stores[method]
+        )
 
     def _handed_on(self, method: str, synchronous: Any) -> Any:
         return ABSENT if synchronous is None and self._is_ours(method) else synchronous
@@ -301,6 +315,7 @@ class Methods(_Calls):
     def _call(
         self,
         client: Any,
+        method: str,
         run_id: Any,
         synchronous: Any,
         log: Callable[[BufferedRun], Handle],
@@ -314,7 +329,8 @@ class Methods(_Calls):
         mode = _mode(synchronous)
         if self._silent:
             return _answer(mode, Handle(), otherwise)
-        if self._buffers(mode):
+        is_ours = getattr(self._tracking_client, method) is self._stores[method]
+        if is_ours and self._buffers(mode):
             if mode is _Mode.OPERATION:
                 _start_sized_queue(client._tracking_client.store)
             try:
@@ -352,6 +368,7 @@ class Methods(_Calls):
             about = (model_id, dataset_name, dataset_digest)
             return self._call(
                 client,
+                "log_metric",
                 run_id,
                 synchronous,
                 lambda run: run.log_metric(
@@ -381,6 +398,7 @@ class Methods(_Calls):
         ) -> Any:
             return self._call(
                 client,
+                "log_param",
                 run_id,
                 synchronous,
                 lambda run: run.log_params({key: value}),
@@ -399,6 +417,7 @@ class Methods(_Calls):
         ) -> Any:
             return self._call(
                 client,
+                "set_tag",
                 run_id,
                 synchronous,
                 lambda run: run.set_tags({key: value}),
@@ -426,6 +445,7 @@ class Methods(_Calls):
 
             return self._call(
                 client,
+                "log_batch",
                 run_id,
                 synchronous,
                 lambda run: run.log_batch(map(self._point, metrics), params, tags),
@@ -476,7 +496,7 @@ class Waits:
         return self._after(original, lambda run_id, *_, **__: flush_run(run_id))
 
     def _of_all(self, original: Original) -> Original:
-        return self._after(original, lambda *_, **__: flush_all())
+        return self._after(original, lambda *_, **__: flush_all(current_uri()))
 
     get_run = get_metric_history = delete_tag = _of_run
     search_runs = get_logged_model = search_logged_models = _of_all
@@ -497,11 +517,27 @@ class Waits:
         return self._after(original, lambda run_id, *_, **__: models_were_logged(run_id))
 
 
+def request(original: Original) -> Original:
+    """``requests.Session.request``: who asks a tracking server past MLflow's client reads what this
+    process logged, too."""
+
+    def request(session: Any, method: str, url: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(url, str) and _READS.search(url) and not is_delivering():
+            flush_server(url)
+        return original(session, method, url, *args, **kwargs)
+
+    return request
+
+
+#: The paths of MLflow's REST API, and its GraphQL, under which runs are read.
+_READS = re.compile(r"/mlflow/(runs/(get|search)|metrics/|logged-models/)|/graphql$")
+
+
 def flush_async_logging(original: Original) -> Original:
     """``AbstractStore.flush_async_logging``: everything that was logged, however it was."""
 
     def flush_async_logging(store: Any) -> Any:
-        flush_all()
+        flush_all(current_uri())
         return original(store)
 
     return flush_async_logging

@@ -151,6 +151,8 @@ class BufferedRun:
 
 def _texts(kind: int, given: Mapping[Any, Any]) -> dict[str, str]:
     try:
+        if kind == TAG and any(str(key).startswith("mlflow.") for key in given):
+            raise NotBuffered  # MLflow's own: it also reads them where nobody can wait for ours
         return {checked_key(key): checked_text(kind, key, value) for key, value in given.items()}
     except InvalidPoint as error:
         raise NotBuffered from error
@@ -178,7 +180,8 @@ def buffered_run(tracking_client: Any, run_id: Any) -> BufferedRun:
         run_id: As the caller gave it.
 
     Raises:
-        NotBuffered: The run is unknown, deleted, in a workspace, or there is no spool for it.
+        NotBuffered: The run is unknown, deleted, in a workspace, or in the memory of this process,
+            or there is no spool for it.
     """
     uri = tracking_client.tracking_uri
     if not isinstance(run_id, str):
@@ -186,7 +189,7 @@ def buffered_run(tracking_client: Any, run_id: Any) -> BufferedRun:
     known = known_run(uri, run_id)
     if known is not None:
         return known
-    if _has_workspace():
+    if _has_workspace() or ":memory:" in uri or uri == "sqlite://":
         raise NotBuffered
     params, has_models = _look(tracking_client, run_id)
     try:
@@ -236,7 +239,8 @@ def _look(tracking_client: Any, run_id: str) -> tuple[Mapping[str, str], bool]:
         raise NotBuffered from error
     if not isinstance(run, Run) or run.info.lifecycle_stage != "active":
         raise NotBuffered
-    return run.data.params, bool(run.outputs and run.outputs.model_outputs)
+    params = {} if run.data is None else run.data.params
+    return params, bool(run.outputs and run.outputs.model_outputs)
 
 
 def _has_workspace() -> bool:

@@ -9,8 +9,15 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from flowbuffer.dropin.calls import OURS, Functions, Methods, Waits, flush_async_logging
-from flowbuffer.run_loggers import flush_all, use_settings
+from flowbuffer.dropin.calls import (
+    OURS,
+    Functions,
+    Methods,
+    Waits,
+    flush_async_logging,
+    request,
+)
+from flowbuffer.run_loggers import flush_at_end, use_settings
 from flowbuffer.settings import Settings
 
 
@@ -76,7 +83,7 @@ def disable() -> None:
             for place in _places_of(owner):
                 if vars(place).get(name) is replacement:
                     setattr(place, name, original)
-    flush_all(at_end=True)
+    flush_at_end()
     use_settings(None)
 
 
@@ -91,6 +98,7 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     from mlflow.tracking._tracking_service.client import TrackingServiceClient
     from mlflow.tracking.client import MlflowClient
     from mlflow.utils.async_logging.async_logging_queue import AsyncLoggingQueue
+    from requests import Session
 
     known = fluent, MlflowClient, TrackingServiceClient, AsyncLoggingQueue
     makers: Any
@@ -103,6 +111,7 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
             if hasattr(owner, name):  # not every version has every method
                 yield owner, name, getattr(makers, name)
     yield AbstractStore, "flush_async_logging", flush_async_logging
+    yield Session, "request", request
 
 
 def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
