@@ -145,11 +145,9 @@ class Delivery(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
     def check(self, key: str, logged: list[tuple[int, int, float]]) -> None:
-        stored = sorted(
-            (row[2], row[3], row[4]) for row in self.spool.transport.rows if row[:2] == (RUN, key)
-        )
+        stored = self.spool.transport.history(RUN, key)
         # P2 and P4: as many as were logged, in the order of the calls.
-        assert [(step, value) for _, step, value in stored] == [
+        assert [(step, repr(value)) for _, step, value in stored] == [
             (step, repr(value)) for _, step, value in logged
         ]
         # P3: never earlier than logged.

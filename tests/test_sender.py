@@ -210,7 +210,7 @@ def test_a_restart_sends_the_same_rows(tmp_path: Path) -> None:
     """P4: whatever was marked, and wherever a collector died, the rows are the same to the bit."""
     spool = SmallSpool(tmp_path / "spool", FakeTransport(at_once=False), segment_slots=8)
     for value in range(40):
-        spool.producer.append(f"k{value % 2}", float(value))  # ties: one step, one ms
+        spool.producer.append(f"k{value % 2}", float(-value))  # ties: one step, one ms
     for died_after in range(12):
         spool.sender.step(hurry=True)
         while spool.transport.waiting:
@@ -220,7 +220,7 @@ def test_a_restart_sends_the_same_rows(tmp_path: Path) -> None:
         spool.new_sender(alive=True)
     spool.deliver()
     for key in (0, 1):
-        assert spool.values(f"k{key}") == [float(v) for v in range(40) if v % 2 == key]
+        assert spool.values(f"k{key}") == [float(-v) for v in range(40) if v % 2 == key]
     times = [time for time, _, _ in spool.history("k0")]
     assert times == list(range(times[0], times[0] + 20))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -100,8 +101,13 @@ class FakeTransport:
 
     def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
         """(time, step, value) of a key, as ``get_metric_history`` returns them."""
-        found = [row[2:] for row in self.rows if row[:2] == (run_id, key)]
-        return sorted((time, step, float(value)) for time, step, value in found)
+        found = [
+            (time, step, float(value))
+            for run, own_key, time, step, value in self.rows
+            if (run, own_key) == (run_id, key)
+        ]
+        # The stores have 0 for NaN, with a mark in another column.
+        return sorted(found, key=lambda row: (*row[:2], 0.0 if math.isnan(row[2]) else row[2]))
 
     def close(self) -> None:
         """Nothing to close."""
