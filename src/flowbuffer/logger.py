@@ -363,8 +363,7 @@ class MetricLogger:
             except InvalidPoint as error:
                 with self._opening:
                     self._invalid += error.count
-                    what = args[0] if isinstance(args[0], str) else type(args[0])
-                    about = repr(what)[:300]
+                    about = _keys_in(args)
                     first_time = about not in self._warned
                     self._warned.add(about)
                 if first_time:
@@ -482,6 +481,16 @@ def starts_runs(settings: Settings) -> bool:
     """Whether a logger here starts a run where there is none: not offline, and not on a rank that
     does not log."""
     return not settings.offline and settings.logs(environment_place().rank)
+
+
+def _keys_in(args: tuple[Any, ...]) -> str:
+    """The keys among the arguments of a call, as far as there are any."""
+    for given in args:
+        if isinstance(given, str):
+            return given[:300]
+        if isinstance(given, Mapping):
+            return ", ".join(map(str, given))[:300]
+    return type(args[0]).__name__
 
 
 def _then(append: Append, finish: Callable[[Places], None]) -> Append:

@@ -53,5 +53,10 @@ class _EnableAfter:
         return spec
 
 
-if os.environ.get("FLOWBUFFER_ENABLED", "").lower() in ("1", "true", "yes"):
+_said = os.environ.get("FLOWBUFFER_ENABLED", "").lower()
+if _said not in ("", "0", "false", "no", "1", "true", "yes"):
+    from warnings import warn
+
+    warn(f"FLOWBUFFER_ENABLED={_said!r}: allowed are 0, 1; nothing is buffered", stacklevel=2)
+if _said in ("1", "true", "yes"):
     sys.meta_path.insert(0, _EnableAfter("mlflow.tracking.fluent"))

@@ -14,7 +14,8 @@ _CONTEXT = ("mlflow.user", "mlflow.source", "mlflow.runName", "mlflow.log-model"
 
 
 def stored(uri: str, run_id: str, *, without: Iterable[str] = ()) -> dict[str, Any]:
-    """A run as MLflow reads it, but for what differs from run to run.
+    """A run as MLflow reads it, but for what differs from run to run; of very many metrics the
+    histories are left out.
 
     Args:
         uri: The store.
@@ -32,7 +33,9 @@ def stored(uri: str, run_id: str, *, without: Iterable[str] = ()) -> dict[str, A
         "latest": {k: repr(v) for k, v in run.data.metrics.items() if k not in without},
         "histories": {
             key: [(repr(metric.value), metric.step) for metric in found]
-            for key, found in histories(uri, run_id).items()
+            for key, found in (
+                histories(uri, run_id) if len(run.data.metrics) < 100 else {}
+            ).items()
             if key not in without
         },
         "datasets": sorted(one.dataset.name for one in inputs.dataset_inputs) if inputs else [],

@@ -192,7 +192,7 @@ class Functions(_Calls):
         client = self._client
         return (
             self._fluent.MlflowClient is client
-            and hasattr(getattr(client, method), OURS)
+            and getattr(getattr(client, method), OURS, None) is True
             and getattr(self._tracking_client, method) is self._stores[method]
         )
 

@@ -55,6 +55,9 @@ def enable(**settings: Any) -> Switch:
     ``MlflowClient``, return at once; what reads a run waits for what was logged to it. To enable it
     again changes the settings of the runs that are logged to for the first time from then on.
 
+    A function that was taken from MLflow before (``from mlflow import log_metric``) stays MLflow's
+    own, and stores synchronously. With ``FLOWBUFFER_ENABLED=1`` there is no before.
+
     With ``FLOWBUFFER_ENABLED=0`` nothing is changed: the variable is there to switch off what a
     program switches on.
 

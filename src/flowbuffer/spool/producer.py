@@ -256,7 +256,11 @@ class Producer:
             InvalidPoint: A key or value cannot be logged; nothing of the call was stored.
             SpoolFull: There is no room (``when_full``).
         """
-        checked = {checked_key(key): checked_text(kind, key, texts[key]) for key in texts}
+        try:
+            checked = {checked_key(key): checked_text(kind, key, texts[key]) for key in texts}
+        except InvalidPoint as error:
+            error.count = len(texts)
+            raise
         places: list[Segment | int | str | None] = []
         for key, text in checked.items():
             if not self._add_key((key,)):
