@@ -158,13 +158,13 @@ class Functions(_Calls):
         fluent = self._fluent
         if fluent.get_active_model_id() is not None:
             return None
-        if run_id is not None:
-            run = known_run(current_uri(), run_id)
-            return None if run is not None and run.has_models else run
-        active = fluent.active_run()
-        if active is None or (active.outputs and active.outputs.model_outputs):
-            return None
-        return known_run(current_uri(), active.info.run_id)
+        if run_id is None:
+            active = fluent.active_run()
+            if active is None:
+                return None
+            run_id = active.info.run_id
+        run = known_run(current_uri(), run_id)
+        return None if run is None or run.has_models else run
 
     def _short_way(
         self,
