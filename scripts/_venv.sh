@@ -1,14 +1,16 @@
 # Sourced by the scripts beside it. `use_venv GROUP...` goes to the repository's root and puts first
 # on PATH a virtual environment, .venv, that holds the package (editable) and these dependency
 # groups. Installs only what is not there yet; concurrent callers wait for each other.
-# PYTHON names the interpreter for a new .venv; else the first usable one from 3.10 to 3.13.
+# PYTHON names the interpreter for a new one; else the first usable one from 3.10 to 3.13.
+# A script that needs other versions sets venv before it calls.
 
+venv=.venv
 supported='import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))'
 
 create_venv() {
   local python
   for python in ${PYTHON:-python3.11 python3.12 python3.13 python3.10 python3}; do
-    if "$python" -c "$supported" 2>/dev/null && "$python" -m venv --clear .venv >/dev/null 2>&1; then
+    if "$python" -c "$supported" 2>/dev/null && "$python" -m venv --clear "$venv" >/dev/null 2>&1; then
       return
     fi
   done
@@ -18,21 +20,21 @@ create_venv() {
 
 install_groups() {
   local group stamp missing=()
-  .venv/bin/python -c "$supported" 2>/dev/null || create_venv
-  stamp="$(cksum <pyproject.toml) $(.venv/bin/python -VV) $PWD"
+  "$venv/bin/python" -c "$supported" 2>/dev/null || create_venv
+  stamp="$(cksum <pyproject.toml) $("$venv/bin/python" -VV) $PWD"
   for group in package "$@"; do
-    [[ -f .venv/stamp-$group && $(<".venv/stamp-$group") == "$stamp" ]] || missing+=("$group")
+    [[ -f $venv/stamp-$group && $(<"$venv/stamp-$group") == "$stamp" ]] || missing+=("$group")
   done
   [[ ${#missing[@]} -gt 0 ]] || return 0
 
   # --group needs pip 25.1.
-  .venv/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-  echo "installing into .venv: ${missing[*]} (a minute, once)"
-  .venv/bin/python -m pip install --quiet --editable . "${@/#/--group=}"
+  "$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
+  echo "installing into $venv: ${missing[*]} (a minute, once)"
+  "$venv/bin/python" -m pip install --quiet --editable . "${@/#/--group=}"
   # Bytecode for everything halves the start of MLflow; files for other Pythons may fail to compile.
-  .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true
+  "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true
   for group in "${missing[@]}"; do
-    echo "$stamp" >".venv/stamp-$group"
+    echo "$stamp" >"$venv/stamp-$group"
   done
 }
 
@@ -42,6 +44,6 @@ use_venv() {
   {
     if command -v flock >/dev/null; then flock 9; fi # not on macOS: there, do not start two at once
     install_groups "$@" >&2
-  } 9>.venv.lock
-  export PATH="$PWD/.venv/bin:$PATH"
+  } 9>"$venv.lock"
+  export PATH="$PWD/$venv/bin:$PATH"
 }

@@ -71,7 +71,7 @@ def test_the_public_names() -> None:
         (flowbuffer.MetricLogger.log_params, "self params"),
         (flowbuffer.MetricLogger.set_tags, "self tags"),
         (flowbuffer.MetricLogger.flush, "self timeout"),
-        (flowbuffer.MetricLogger.close, "self timeout"),
+        (flowbuffer.MetricLogger.close, "self timeout failed"),
         (flowbuffer.Handle.wait, "self timeout"),
         (flowbuffer.Handle.exception, "self timeout"),
         (flowbuffer.log_metric, "key value step timestamp"),

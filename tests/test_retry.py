@@ -7,7 +7,6 @@ import random
 import pytest
 
 from flowbuffer.credentials import without_credentials
-from flowbuffer.delivery_client import error_of_status, retry_after_s
 from flowbuffer.errors import (
     RejectedError,
     RetriableError,
@@ -17,6 +16,7 @@ from flowbuffer.errors import (
     UnauthorisedError,
 )
 from flowbuffer.retry import RetryPolicy
+from flowbuffer.single_requests import error_of_status, retry_after_s
 from flowbuffer.transport import absolute_uri
 
 POLICY = RetryPolicy(first_s=1.0, most_s=8.0, uniform=lambda _low, high: high)

@@ -55,6 +55,15 @@ class Destination(NamedTuple):
 Destinations = Callable[[ProducerInfo], Destination | None]
 
 
+def transport_to(tracking_uri: str, settings: Settings, clock: Clock) -> Transport:
+    """The transport for a tracking URI."""
+    if tracking_uri.startswith("azureml:"):
+        from flowbuffer.azureml_transport import AzureMLTransport
+
+        return AzureMLTransport(tracking_uri, settings, clock)
+    return MlflowTransport(tracking_uri, settings, clock)
+
+
 def as_logged(info: ProducerInfo) -> Destination | None:
     """To the run and the server that the producer named, unless it was offline."""
     return None if info.delivery == OFFLINE else Destination(info.tracking_uri, info.run_id)
@@ -110,7 +119,7 @@ class Collector:
         spool: Spool,
         settings: Settings,
         clock: Clock,
-        connect: TransportFactory = MlflowTransport,
+        connect: TransportFactory = transport_to,
         destinations: Destinations = as_logged,
         *,
         living: bool = False,

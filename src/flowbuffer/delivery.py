@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.launcher import launcher_of, wake_collector
+from flowbuffer.report import warn_once
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.states import delivery_note, park, parked_reason
@@ -171,6 +173,8 @@ class DeliveryByProcess:
     def _tell(self) -> None:
         """Repeat here what goes wrong in the collector process, once."""
         assert self._folder is not None
+        for text in delivery_note(self._folder).get("warnings", ()):
+            warn_once(text)
         error = last_error(self._folder)
         if bool(error) != self._told:
             self._told = bool(error)
@@ -201,18 +205,22 @@ def settings_for(tracking_uri: str, settings: Settings) -> Settings:
     was registered by the program, not by an installed plugin."""
     if settings.delivery != "process":
         return settings
-    from importlib.metadata import entry_points
-
     from mlflow.tracking._tracking_service.utils import _tracking_store_registry
     from mlflow.utils.uri import get_uri_scheme
 
     scheme = get_uri_scheme(tracking_uri)
     builder = _tracking_store_registry._registry.get(scheme)
-    if builder is None or getattr(builder, "__module__", "").startswith("mlflow."):
-        return settings
-    if any(scheme == plugin.name for plugin in entry_points(group="mlflow.tracking_store")):
+    of_mlflow = builder is None or getattr(builder, "__module__", "").startswith("mlflow.")
+    if of_mlflow or scheme in _installed_schemes():
         return settings
     return settings.with_changes(delivery="thread")
+
+
+@functools.lru_cache(maxsize=1)
+def _installed_schemes() -> frozenset[str]:
+    from importlib.metadata import entry_points
+
+    return frozenset(plugin.name for plugin in entry_points(group="mlflow.tracking_store"))
 
 
 def delivery_of(settings: Settings, tracking_uri: str) -> Delivery:

@@ -124,13 +124,17 @@ class Launcher:
                     )  # fmt: skip
 
     def _start(self, lock: FileLock) -> None:
+        from flowbuffer.azureml_client import job_of_this_process
+
         os.ftruncate(lock.descriptor, 0)  # of the last collector's pid
         log = -1
         try:
             log = self._open_log()
             process = subprocess.Popen(
                 [*_COMMAND, str(self._root), str(lock.descriptor)],
-                env=collector_environment(self._settings, self._uri, self._since_ms),
+                env=collector_environment(
+                    self._settings, self._uri, self._since_ms, job_of_this_process()
+                ),
                 pass_fds=[lock.descriptor],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

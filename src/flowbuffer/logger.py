@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowbuffer import job_end
 from flowbuffer.active_run import end_run, find_run
+from flowbuffer.appends import Append, Lenience, then
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.delivery import (
     Delivery,
@@ -24,14 +25,14 @@ from flowbuffer.delivery import (
     last_error,
     settings_for,
 )
-from flowbuffer.errors import FlowbufferError, InvalidPoint
+from flowbuffer.errors import FlowbufferError
 from flowbuffer.handle import Handle
 from flowbuffer.ledger import Ledger, is_over
 from flowbuffer.report import Progress, Report, Stats
 from flowbuffer.settings import Settings, environment_experiment, environment_place
 from flowbuffer.spool.layout import PARAM, TAG
 from flowbuffer.spool.points import Number
-from flowbuffer.spool.producer import Places, Producer
+from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import Waiting, parked_reason, want
 
 if TYPE_CHECKING:
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
     from flowbuffer.passthrough import PassThrough, Silence
 
 _log = logging.getLogger("flowbuffer")
-
-#: A method of the producer that logs, or one around it.
-Append = Callable[..., Places]
 
 #: What a logger has of its producer, as attributes of its own with a _ before the name, so that no
 #: call that logs looks for more than one.
@@ -87,8 +85,7 @@ class MetricLogger:
         self._run_id, self._owns_run = find_run(run_id, tracking_uri, start=start)
         self._ended = False
         self._opening = threading.RLock()
-        self._warned: set[str] = set()
-        self._invalid = 0
+        self._lenience = Lenience()
         self._delivery: Delivery | None = None
         self._producer: Producer | PassThrough | Silence | None = None
         self._append: Append
@@ -348,29 +345,11 @@ class MetricLogger:
         """The producer's method, with what seldom-used settings add to it."""
         producer = self._producer
         if isinstance(producer, Producer) and self._settings.durability == "power":
-            append = _then(append, producer.sync)
+            append = then(append, producer.sync)
         if isinstance(self._delivery, DeliveryHere) and self._settings.delivery == "inline":
             push = self._delivery.push
-            append = _then(append, lambda _: push())
-        return append if self._settings.strict else self._lenient(append)
-
-    def _lenient(self, append: Append) -> Append:
-        """For ``strict=False``: what cannot be logged is counted, and warned of once per key."""
-
-        def append_or_count(*args: Any) -> Places:
-            try:
-                return append(*args)
-            except InvalidPoint as error:
-                with self._opening:
-                    self._invalid += error.count
-                    about = _keys_in(args)
-                    first_time = about not in self._warned
-                    self._warned.add(about)
-                if first_time:
-                    _log.warning("a point was not logged (strict=False): %s", error)
-                return [*error.stored, None, str(error)]
-
-        return append_or_count
+            append = then(append, lambda _: push())
+        return append if self._settings.strict else self._lenience.around(append)
 
     def _flush(self, timeout: float | None, *, progress: bool) -> Report:
         start_s = time.monotonic()
@@ -450,8 +429,8 @@ class MetricLogger:
             counts: dict[str, Any] = {"delivered": getattr(self._producer, "stored", 0)}
         else:
             counts = self._ledger.counts()
-        if self._invalid:
-            counts["dropped"] = {**counts.get("dropped", {}), "invalid": self._invalid}
+        if self._lenience.invalid:
+            counts["dropped"] = {**counts.get("dropped", {}), "invalid": self._lenience.invalid}
         return counts
 
     # After a fork the child is another process: its first call makes it a producer of its own.
@@ -462,7 +441,7 @@ class MetricLogger:
         if isinstance(self._producer, Producer):
             self._producer.abandon()
         self._producer = self._delivery = self._ledger = None
-        self._invalid = 0
+        self._lenience = Lenience()
         if not self._ended:
             for name in _APPENDS:
                 setattr(self, f"_{name}", self._reopening(f"_{name}"))
@@ -481,25 +460,6 @@ def starts_runs(settings: Settings) -> bool:
     """Whether a logger here starts a run where there is none: not offline, and not on a rank that
     does not log."""
     return not settings.offline and settings.logs(environment_place().rank)
-
-
-def _keys_in(args: tuple[Any, ...]) -> str:
-    """The keys among the arguments of a call, as far as there are any."""
-    for given in args:
-        if isinstance(given, str):
-            return given[:300]
-        if isinstance(given, Mapping):
-            return ", ".join(map(str, given))[:300]
-    return type(args[0]).__name__
-
-
-def _then(append: Append, finish: Callable[[Places], None]) -> Append:
-    def append_and_finish(*args: Any) -> Places:
-        places = append(*args)
-        finish(places)
-        return places
-
-    return append_and_finish
 
 
 def _refuse(*_: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,16 @@ class Stats(Report):
     ties_moved_most_ms: int = 0
     retries: int = 0
     last_error: str = ""
+
+
+_warned: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Warn of something that is not wrong yet; once in this process, whoever finds it."""
+    if text not in _warned:
+        _warned.add(text)
+        logging.getLogger("flowbuffer").warning("%s", text)
 
 
 class Progress:

@@ -65,7 +65,7 @@ class Source:
     key_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """Points that go in one request.
 
@@ -136,9 +136,8 @@ class Sender:
         self._texts = Backlog()
         self._batches: list[_Batch] = []
         self._busy: set[int] = set()
-        self._outcomes: queue.SimpleQueue[tuple[_Batch, TransportError | None]] = (
-            queue.SimpleQueue()
-        )
+        self._outcomes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._accepted: list[_Part] = []  # the service has them, and does not have them stored yet
         self._held_up: type[TransportError] | None = None  # what was told last
         self._not_before_s = -math.inf
 
@@ -160,7 +159,7 @@ class Sender:
     @property
     def idle(self) -> bool:
         """Nothing is on its way or waiting in memory."""
-        return not (self._batches or self._backlog.count or self._texts.count)
+        return not (self._batches or self._accepted or self._backlog.count or self._texts.count)
 
     def step(self, *, hurry: bool = False) -> float:
         """One round. Returns the seconds until something is due; infinity if nothing is known.
@@ -169,7 +168,7 @@ class Sender:
             hurry: Send what is there even if it is little and young.
         """
         while not self._outcomes.empty():
-            self._settle(*self._outcomes.get())
+            self._outcomes.get()()
         now_s = self._clock.monotonic_s()
         self._send(now_s, hurry)  # what is there already, so that no backend waits for the reading
         read = self._read(now_s)
@@ -191,10 +190,13 @@ class Sender:
     def _read(self, now_s: float) -> bool:
         """Read from each source while the window has room; True if anything came."""
         any_read = False
+        # What is accepted holds up nothing; it only takes memory.
+        window = self._window_points + sum(len(part.rows) for part in self._accepted)
+        window = min(window, max(self._window_points, WINDOW_POINTS))
         for number, source in enumerate(self.sources):
             if source is None:
                 continue
-            room = self._window_points - sum(s.reader.on_their_way for s in self._live())
+            room = window - sum(s.reader.on_their_way for s in self._live())
             if room > 0 and not source.paused:
                 block = source.reader.read(room)
                 if block is not None:
@@ -252,7 +254,7 @@ class Sender:
                     next_s = min(next_s, batch.due_s - now_s)
         for backlog, size in (
             (self._texts, MAX_TEXTS),
-            (self._backlog, self._settings.max_batch_size),
+            (self._backlog, min(self._settings.max_batch_size, self.transport.max_metrics)),
         ):
             while len(self._batches) < self.transport.max_in_flight:
                 count, since_s = backlog.ready(self._busy)
@@ -294,19 +296,40 @@ class Sender:
         return source.reader.text(int(row["segment"]), int(row["step"]), int(row["identity"]))
 
     def _request(self, batch: _Batch) -> None:
-        request = self._as_request(batch.parts[0].rows)
+        part = batch.parts[0]
+        request = self._as_request(part.rows)
         batch.sending = True
         self.retries += batch.attempt > 0
 
         def done(error: TransportError | None) -> None:
-            self._outcomes.put((batch, error))
+            self._outcomes.put(lambda: self._settle(batch, part, error))
             self._wake()
 
-        self.transport.send(request, done)
+        def accepted() -> None:
+            self._outcomes.put(lambda: self._accept(batch))
+            self._wake()
+
+        self.transport.send(request, done, accepted)
 
     # What became of a request.
 
-    def _settle(self, batch: _Batch, error: TransportError | None) -> None:
+    def _accept(self, batch: _Batch) -> None:
+        """The next request with these keys may go: what it brings sorts after this, whenever the
+        service has stored it."""
+        batch.sending = False
+        self._went_well(batch)
+        self._accepted.append(batch.parts.popleft())
+        self._next_part(batch)
+
+    def _settle(self, batch: _Batch, part: _Part, error: TransportError | None) -> None:
+        if part in self._accepted:
+            self._accepted.remove(part)
+            if error is None:
+                self._mark(part.rows)
+            else:  # once more, and in nobody's way
+                again = _Batch(deque([part]), set(), attempt=1, due_s=self._clock.monotonic_s())
+                self._batches.append(again)
+            return
         batch.sending = False
         if error is None:
             self._stored(batch)
@@ -315,7 +338,7 @@ class Sender:
         else:
             self._failed(batch, error)
 
-    def _stored(self, batch: _Batch) -> None:
+    def _went_well(self, batch: _Batch) -> None:
         self.failure = None
         batch.attempt = 0
         if self._held_up and not any(other.attempt for other in self._batches):
@@ -324,6 +347,9 @@ class Sender:
         if self.gone:
             self._park(None)
         self._note()  # before the marks, so that whoever waits for them finds it
+
+    def _stored(self, batch: _Batch) -> None:
+        self._went_well(batch)
         self._mark(batch.parts.popleft().rows)
         self._next_part(batch)
 
@@ -392,6 +418,7 @@ class Sender:
                     "unauthorised": isinstance(self.failure, UnauthorisedError),
                     "ties_moved": source.ties.moved,
                     "ties_moved_most_ms": source.ties.moved_most_ms,
+                    "warnings": self.transport.warnings(self.run_id),
                 }
             )
 

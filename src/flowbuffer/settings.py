@@ -351,13 +351,16 @@ START_COLLECTOR = (
 )
 
 
-def collector_environment(settings: Settings, tracking_uri: str, since_ms: int) -> dict[str, str]:
+def collector_environment(
+    settings: Settings, tracking_uri: str, since_ms: int, job: tuple[str, str] | None = None
+) -> dict[str, str]:
     """The environment of a collector process: this one's, with its credentials, and the settings.
 
     Args:
         settings: What the collector goes by where a producer says nothing.
         tracking_uri: Of the producer that starts it, with its credentials.
         since_ms: When this process began to log, in ms since the epoch.
+        job: The run and the present token of the job on Azure ML that this process is part of.
     """
     environment = {**os.environ, **_QUIET_MLFLOW, **_ONE_THREAD}
     environment |= {_HANDED_ON: tracking_uri, _SINCE: str(since_ms)}
@@ -369,6 +372,12 @@ def collector_environment(settings: Settings, tracking_uri: str, since_ms: int) 
         if value is not None:
             environment[variable_of(item.name)] = str(value)
     environment.pop(variable_of("enabled"), None)  # there are no calls to be buffered
+    if tracking_uri.startswith("azureml:"):
+        # What its plugin must find to act as the job.
+        run_id, token = job or (os.environ.get("AZUREML_RUN_ID"), None)
+        named = {"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_TOKEN": token}
+        environment |= {name: value for name, value in named.items() if value}
+        environment["MLFLOW_TRACKING_URI"] = tracking_uri
     return {**environment, "PYTHONSAFEPATH": "1"}
 
 

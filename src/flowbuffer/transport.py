@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flowbuffer.clock import Clock
-from flowbuffer.delivery_client import delivery_client, error_of_status, first_line
-from flowbuffer.errors import RejectedError, RetriableError, RunGoneError, TransportError
+from flowbuffer.delivery_client import delivery_client
+from flowbuffer.errors import (
+    RejectedError,
+    RetriableError,
+    RunGoneError,
+    TransportError,
+    UnauthorisedError,
+)
 from flowbuffer.settings import Settings
+from flowbuffer.single_requests import error_of_status, first_line
 from flowbuffer.spool.layout import KEY_SEPARATOR
 
 
@@ -43,18 +50,29 @@ class Request:
 #: Called once when a request is over: with None when it is stored, else with what went wrong.
 Done = Callable[[TransportError | None], None]
 
+#: Called before ``Done``, and at most once, by a service that takes a batch now and stores it
+#: later: the next request with the same keys may be sent.
+Accepted = Callable[[], None]
+
 
 class Transport(Protocol):
     """Where batches go. ``flowbuffer.testing`` has one for tests.
 
     Attributes:
         max_in_flight: How many requests may be on their way at once.
+        max_metrics: The most metrics in one request.
     """
 
     max_in_flight: int
 
-    def send(self, request: Request, done: Done) -> None:
-        """Send a request. ``done`` may be called at once or later, in any thread."""
+    @property
+    def max_metrics(self) -> int: ...
+
+    def send(self, request: Request, done: Done, accepted: Accepted) -> None:
+        """Send a request. Both may be called at once or later, in any thread."""
+
+    def warnings(self, run_id: str) -> list[str]:
+        """What whoever logs to a run should know, although all is well so far."""
 
     def close(self) -> None:
         """Take no more requests."""
@@ -79,24 +97,40 @@ class MlflowTransport:
         self._file: tuple[int, int] | None = None
         self._client_lock = threading.Lock()
         self._active_until_s: dict[str, float] = {}
-        self._requests: queue.SimpleQueue[tuple[Request, Done] | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[Request, Done, Accepted] | None]
+        self._requests = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        if settings.delivery != "inline":
-            for number in range(self.max_in_flight):
-                name = f"flowbuffer-send-{number}"
-                thread = threading.Thread(target=self._work, name=name, daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    break  # the interpreter is ending: the calling thread sends
-                self._threads.append(thread)
+        for number in range(self.max_in_flight):
+            if not self._start(self._work, f"flowbuffer-send-{number}"):
+                break  # the calling thread sends
 
-    def send(self, request: Request, done: Done) -> None:
+    def _start(self, target: Callable[[], None], name: str) -> bool:
+        """Start a thread; False if there is to be none, or the interpreter is ending."""
+        if self._settings.delivery == "inline":
+            return False
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        self._threads.append(thread)
+        return True
+
+    @property
+    def max_metrics(self) -> int:
+        """The most that MLflow takes."""
+        return 1000
+
+    def send(self, request: Request, done: Done, accepted: Accepted) -> None:
         """Send a request in a thread of the transport, if it has one; else in this one."""
         if self._threads:
-            self._requests.put((request, done))
+            self._requests.put((request, done, accepted))
         else:
-            done(self._attempt(request))
+            self._deliver(request, done, accepted)
+
+    def warnings(self, run_id: str) -> list[str]:  # noqa: ARG002
+        """None."""
+        return []
 
     def close(self) -> None:
         """Let the threads go once their requests are over; does not wait for them."""
@@ -105,39 +139,45 @@ class MlflowTransport:
 
     def _work(self) -> None:
         while (work := self._requests.get()) is not None:
-            request, done = work
-            done(self._attempt(request))
+            self._deliver(*work)
 
-    def _attempt(self, request: Request) -> TransportError | None:
+    def _deliver(self, request: Request, done: Done, accepted: Accepted) -> None:  # noqa: ARG002
+        done(self._attempt(lambda: self._wait_for(self._log_batch(request)), request.run_id))
+
+    def _wait_for(self, operation: Any) -> None:
+        if operation is not None:
+            operation.wait()
+
+    def _attempt(self, send: Callable[[], None], run_id: str) -> TransportError | None:
+        """What went wrong; None if nothing did."""
         try:
-            self._log_batch(request)
+            send()
         except RejectedError as error:
-            return self._unless_gone(request.run_id, error)
+            return self._unless_gone(run_id, error)
         except TransportError as error:
             return error
         except Exception as error:
             found = translated(error)
             if isinstance(found, RejectedError):
-                return self._unless_gone(request.run_id, found)
+                return self._unless_gone(run_id, found)
             return found
         return None
 
-    def _log_batch(self, request: Request) -> None:
+    def _log_batch(self, request: Request) -> Any:
+        """Hand a batch over; the operation to wait for."""
         from mlflow.entities import Metric, Param, RunTag
 
         columns = zip(request.keys, request.values, request.times, request.steps, strict=True)
         metrics = [
             _metric(*point) if KEY_SEPARATOR in point[0] else Metric(*point) for point in columns
         ]
-        operation = self._delivery_client().log_batch(
+        return self._delivery_client().log_batch(
             request.run_id,
             metrics=metrics,
             params=[Param(*param) for param in request.params],
             tags=[RunTag(*tag) for tag in request.tags],
             synchronous=False,
         )
-        if operation is not None:
-            operation.wait()
 
     def _unless_gone(self, run_id: str, error: RejectedError) -> TransportError:
         """A deleted run rejects what it is sent with the same status as a bad point; look."""
@@ -224,4 +264,7 @@ def translated(error: Exception) -> TransportError:
         return error_of_status(
             error.get_http_status_code(), first_line(error), code=error.error_code
         )
-    return RetriableError(f"{type(error).__name__}: {first_line(error)}")
+    kind = type(error).__name__
+    if kind in ("ClientAuthenticationError", "CredentialUnavailableError"):  # of azure-core
+        return UnauthorisedError(f"{kind}: {first_line(error)}")
+    return RetriableError(f"{kind}: {first_line(error)}")

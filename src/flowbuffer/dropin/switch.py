@@ -9,14 +9,10 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from flowbuffer.dropin.calls import (
-    OURS,
-    Functions,
-    Methods,
-    Waits,
-    flush_async_logging,
-    request,
-)
+from flowbuffer.dropin.calls import OURS
+from flowbuffer.dropin.functions import Functions
+from flowbuffer.dropin.methods import Methods
+from flowbuffer.dropin.reads import Waits, flush_async_logging, request
 from flowbuffer.run_loggers import flush_at_end, use_settings
 from flowbuffer.settings import Settings
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from flowbuffer.clock import Clock, Event
 from flowbuffer.errors import RejectedError, RetriableError, TransportError
-from flowbuffer.transport import Done, Request
+from flowbuffer.transport import Accepted, Done, Request
 
 
 class ManualClock(Clock):
@@ -61,6 +61,7 @@ class FakeTransport:
 
     Attributes:
         requests: Every request that was sent.
+        max_metrics: As of any transport.
         rows: What is stored: (run, key, time, step, value), a set like the stores' primary key.
         params, tags: By run and key. A parameter is not changed once it is stored.
     """
@@ -69,17 +70,20 @@ class FakeTransport:
         self, max_in_flight: int = 1, *, at_once: bool = True, answer: Answer | None = None
     ) -> None:
         self.max_in_flight = max_in_flight
+        self.max_metrics = 1000
         self.requests: list[Request] = []
         self.waiting: deque[tuple[Request, Done]] = deque()
+        self._accepted: dict[int, Accepted] = {}
         self.rows: set[tuple[str, str, int, int, str]] = set()
         self.params: dict[tuple[str, str], str] = {}
         self.tags: dict[tuple[str, str], str] = {}
         self.decide: Answer = answer or (lambda _: None)
         self._at_once = at_once
 
-    def send(self, request: Request, done: Done) -> None:
+    def send(self, request: Request, done: Done, accepted: Accepted) -> None:
         """Take a request."""
         self.requests.append(request)
+        self._accepted[id(request)] = accepted
         self.waiting.append((request, done))
         if self._at_once:
             self.answer()
@@ -108,6 +112,14 @@ class FakeTransport:
         ]
         # The stores have 0 for NaN, with a mark in another column.
         return sorted(found, key=lambda row: (*row[:2], 0.0 if math.isnan(row[2]) else row[2]))
+
+    def accept(self, index: int = 0) -> None:
+        """Accept the waiting request at ``index``: it will be stored when it is answered."""
+        self._accepted[id(self.waiting[index][0])]()
+
+    def warnings(self, run_id: str) -> list[str]:  # noqa: ARG002
+        """None."""
+        return []
 
     def close(self) -> None:
         """Nothing to close."""

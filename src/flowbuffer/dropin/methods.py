@@ -1,0 +1,168 @@
+"""Replacements of the methods of ``mlflow.MlflowClient`` that log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from flowbuffer.dropin.calls import METHODS, Calls, Original
+from flowbuffer.dropin.modes import ABSENT, Mode, answer, mode_of, start_sized_queue
+from flowbuffer.dropin.runs import BufferedRun, NotBuffered, buffered_run, known_run
+from flowbuffer.handle import Handle
+from flowbuffer.run_loggers import flush_run
+from flowbuffer.spool.points import MetricKey
+
+
+class Methods(Calls):
+    """Replacements of the methods of ``mlflow.MlflowClient`` that log."""
+
+    names = METHODS
+
+    def _call(
+        self,
+        client: Any,
+        method: str,
+        run_id: Any,
+        synchronous: Any,
+        log: Callable[[BufferedRun], Handle],
+        store: Callable[[Any], Any],
+        otherwise: Any = None,
+        params: Iterable[tuple[str, Any]] = (),
+    ) -> Any:
+        """Buffer with ``log``; what cannot be is stored with ``store(synchronous)``."""
+        if type(client._tracking_client) is not self._tracking_client:
+            return store(synchronous)  # delivery's own client
+        mode = mode_of(synchronous)
+        if self._silent:
+            return answer(mode, Handle(), otherwise)
+        is_ours = getattr(self._tracking_client, method) is self._stores[method]
+        if is_ours and self._buffers(mode):
+            if mode is Mode.OPERATION:
+                start_sized_queue(client._tracking_client.store)
+            try:
+                handle = log(buffered_run(client._tracking_client, run_id))
+                return answer(mode, handle, otherwise)
+            except NotBuffered:
+                pass
+        flush_run(run_id)
+        stored = store(None if synchronous is ABSENT else synchronous)
+        known = known_run(client._tracking_client.tracking_uri, run_id)
+        if mode is Mode.STORES and known is not None:
+            known.remember_params({key: str(value) for key, value in params})
+        return stored
+
+    def _key(self, key: Any, model_id: Any, name: Any, digest: Any) -> Any:
+        """What a metric is logged under; it is about the active model if about no other one."""
+        about = (model_id or self._fluent.get_active_model_id(), name, digest)
+        return MetricKey(key, *(text or "" for text in about)) if any(about) else key
+
+    def log_metric(self, original: Original) -> Original:
+        """``MlflowClient.log_metric``."""
+
+        def log_metric(
+            client: Any,
+            run_id: str,
+            key: str,
+            value: Any,
+            timestamp: int | None = None,
+            step: int | None = None,
+            synchronous: bool | None = None,
+            dataset_name: str | None = None,
+            dataset_digest: str | None = None,
+            model_id: str | None = None,
+        ) -> Any:
+            about = (model_id, dataset_name, dataset_digest)
+            return self._call(
+                client,
+                "log_metric",
+                run_id,
+                synchronous,
+                lambda run: run.log_metric(
+                    self._key(key, *about), value, 0 if step is None else step, timestamp
+                ),
+                lambda synchronous: original(
+                    client,
+                    run_id,
+                    key,
+                    value,
+                    timestamp,
+                    step,
+                    synchronous,
+                    dataset_name=dataset_name,
+                    dataset_digest=dataset_digest,
+                    model_id=model_id,
+                ),
+            )
+
+        return log_metric
+
+    def log_param(self, original: Original) -> Original:
+        """``MlflowClient.log_param``."""
+
+        def log_param(
+            client: Any, run_id: str, key: str, value: Any, synchronous: bool | None = None
+        ) -> Any:
+            return self._call(
+                client,
+                "log_param",
+                run_id,
+                synchronous,
+                lambda run: run.log_params({key: value}),
+                lambda synchronous: original(client, run_id, key, value, synchronous),
+                value,
+                [(key, value)],
+            )
+
+        return log_param
+
+    def set_tag(self, original: Original) -> Original:
+        """``MlflowClient.set_tag``."""
+
+        def set_tag(
+            client: Any, run_id: str, key: str, value: Any, synchronous: bool | None = None
+        ) -> Any:
+            return self._call(
+                client,
+                "set_tag",
+                run_id,
+                synchronous,
+                lambda run: run.set_tags({key: value}),
+                lambda synchronous: original(client, run_id, key, value, synchronous),
+            )
+
+        return set_tag
+
+    def log_batch(self, original: Original) -> Original:
+        """``MlflowClient.log_batch``."""
+
+        def log_batch(
+            client: Any,
+            run_id: str,
+            metrics: Sequence[Any] = (),
+            params: Sequence[Any] = (),
+            tags: Sequence[Any] = (),
+            synchronous: bool | None = None,
+        ) -> Any:
+            if not (metrics or params or tags):
+                return None
+
+            def store(synchronous: Any) -> Any:
+                return original(client, run_id, metrics, params, tags, synchronous)
+
+            return self._call(
+                client,
+                "log_batch",
+                run_id,
+                synchronous,
+                lambda run: run.log_batch(map(self._point, metrics), params, tags),
+                store,
+                params=[(param.key, param.value) for param in params],
+            )
+
+        return log_batch
+
+    def _point(self, metric: Any) -> tuple[Any, Any, Any, Any]:
+        if metric.timestamp is None:
+            raise NotBuffered  # MLflow refuses that
+        about = (metric.model_id, metric.dataset_name, metric.dataset_digest)
+        return self._key(metric.key, *about), metric.value, metric.step, metric.timestamp

@@ -1,0 +1,94 @@
+"""Replacements of what reads runs, or ends them: it waits for what was logged before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from flowbuffer.active_run import current_uri
+from flowbuffer.dropin.calls import Original
+from flowbuffer.dropin.runs import forget_run, models_were_logged
+from flowbuffer.run_loggers import flush_all, flush_run, flush_server
+from flowbuffer.single_requests import is_delivering
+
+
+class Waits:
+    """Methods of ``TrackingServiceClient`` that wait for what was logged before they go on.
+
+    Args:
+        tracking_client: ``TrackingServiceClient``.
+    """
+
+    names = (
+        "get_run",
+        "get_metric_history",
+        "delete_tag",
+        "delete_run",
+        "restore_run",
+        "log_outputs",
+        "search_runs",
+        "get_logged_model",
+        "search_logged_models",
+    )
+
+    def __init__(self, tracking_client: Any) -> None:
+        self._tracking_client = tracking_client
+
+    def _after(self, original: Original, wait: Callable[..., None]) -> Original:
+        def method(client: Any, *args: Any, **kwargs: Any) -> Any:
+            if type(client) is self._tracking_client:  # else it is delivery's own
+                wait(*args, **kwargs)
+            return original(client, *args, **kwargs)
+
+        return method
+
+    def _of_run(self, original: Original) -> Original:
+        return self._after(original, lambda run_id, *_, **__: flush_run(run_id))
+
+    def _of_all(self, original: Original) -> Original:
+        return self._after(original, lambda *_, **__: flush_all(current_uri()))
+
+    get_run = get_metric_history = delete_tag = _of_run
+    search_runs = get_logged_model = search_logged_models = _of_all
+
+    def delete_run(self, original: Original) -> Original:
+        """A deleted run, or a restored one, is looked for again."""
+
+        def wait(run_id: str) -> None:
+            flush_run(run_id)
+            forget_run(run_id)
+
+        return self._after(original, wait)
+
+    restore_run = delete_run
+
+    def log_outputs(self, original: Original) -> Original:
+        """From then on MLflow finds out for each metric whether it belongs to the model."""
+        return self._after(original, lambda run_id, *_, **__: models_were_logged(run_id))
+
+
+def request(original: Original) -> Original:
+    """``requests.Session.request``: who asks a tracking server past MLflow's client reads what this
+    process logged, too."""
+
+    def request(session: Any, method: str, url: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(url, str) and _READS.search(url) and not is_delivering():
+            flush_server(url)
+        return original(session, method, url, *args, **kwargs)
+
+    return request
+
+
+#: The paths of MLflow's REST API, and its GraphQL, under which runs are read.
+_READS = re.compile(r"/mlflow/(runs/(get|search)|metrics/|logged-models/)|/graphql$")
+
+
+def flush_async_logging(original: Original) -> Original:
+    """``AbstractStore.flush_async_logging``: everything that was logged, however it was."""
+
+    def flush_async_logging(store: Any) -> Any:
+        flush_all(current_uri())
+        return original(store)
+
+    return flush_async_logging
