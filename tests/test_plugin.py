@@ -220,13 +220,14 @@ AZURE = "azureml://westeurope.api.azureml.ms/mlflow/v1.0/workspace"
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder for PYTHONPATH with an installed plugin for azureml:// in it."""
+    """A folder for PYTHONPATH with an installed plugin for azureml:// in it; it hides the real one,
+    if that is installed, by its name."""
     site = tmp_path / "site"
-    information = site / "stub_azureml-1.0.dist-info"
+    information = site / "azureml_mlflow-99.0.dist-info"
     information.mkdir(parents=True)
     (site / "stub_azureml.py").write_text(STUB)
     (information / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: stub-azureml\nVersion: 1.0\n"
+        "Metadata-Version: 2.1\nName: azureml-mlflow\nVersion: 99.0\n"
     )
     (information / "entry_points.txt").write_text(
         "[mlflow.tracking_store]\nazureml = stub_azureml:store\n"

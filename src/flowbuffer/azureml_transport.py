@@ -66,8 +66,8 @@ class AzureMLTransport(MlflowTransport):
     @property
     def max_metrics(self) -> int:
         """The most that the service takes, as far as it has told."""
-        client = self._client
-        return MAX_METRICS if client is None else _requests_of(client).max_metrics
+        requests = _requests_of(self._client)
+        return MAX_METRICS if requests is None else requests.max_metrics
 
     def warnings(self, run_id: str) -> list[str]:
         """Of the documented limits that the run comes near to."""
@@ -80,12 +80,12 @@ class AzureMLTransport(MlflowTransport):
         self._changed.set()
 
     def _deliver(self, request: Request, done: Done, accepted: Accepted) -> None:
-        taken: list[Ingestion] = []
+        taken: list[Any] = []  # an Ingestion, if it is the plugin's store
         self._warn_of_names(request)
         error = self._attempt(lambda: taken.append(self._log_batch(request)), request.run_id)
         if error is None:
             self._warn_of_rows(request)
-        if error is not None or not taken[0].batch_id:
+        if error is not None or not getattr(taken[0], "batch_id", ""):
             done(error)
             return
         accepted()
@@ -106,8 +106,8 @@ class AzureMLTransport(MlflowTransport):
 
     def _stay_authorised(self) -> float | None:
         """A quiet job keeps its token; the seconds for which that holds, None for good."""
-        client = self._client
-        seconds = math.inf if client is None else _requests_of(client).stay_authorised()
+        requests = _requests_of(self._client)
+        seconds = math.inf if requests is None else requests.stay_authorised()
         return None if seconds == math.inf else min(seconds, threading.TIMEOUT_MAX)
 
     def _look(self) -> float:
@@ -116,7 +116,8 @@ class AzureMLTransport(MlflowTransport):
         age_s = self._clock.monotonic_s() - pending.since_s
         error: TransportError | None = None
         try:
-            if not _requests_of(self._delivery_client()).is_complete(pending.ingestion):
+            requests = _requests_of(self._delivery_client())
+            if requests is not None and not requests.is_complete(pending.ingestion):
                 if age_s < _INGESTION_TIMEOUT_S:
                     if age_s > 10 * max(self._poll_s, 1.0):
                         self._pending.rotate(-1)  # the others need not wait for a straggler
@@ -163,6 +164,8 @@ class AzureMLTransport(MlflowTransport):
         warn_once(f"run {run_id} {text}")
 
 
-def _requests_of(client: Any) -> AzureMLRequests:
-    requests: AzureMLRequests = client._tracking_client.store.flowbuffers_requests
-    return requests
+def _requests_of(client: Any) -> AzureMLRequests | None:
+    """Those of a client; None if there is none, or its store is not the plugin's."""
+    if client is None:
+        return None
+    return getattr(client._tracking_client.store, "flowbuffers_requests", None)

@@ -109,7 +109,7 @@ def _made(uri: str, timeout_s: float) -> Any:
         requests = SingleRequests(store, timeout_s)
         store._call_endpoint = requests.call_endpoint
         store.log_batch = requests.log_batch
-    elif uri.startswith("azureml:"):
+    elif hasattr(store, "service_context"):  # of Azure ML's plugin
         use_single_requests(store, timeout_s)
 
     class PrivateTrackingClient(TrackingServiceClient):  # type: ignore[misc]
