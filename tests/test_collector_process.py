@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from flowbuffer import MetricLogger, Settings
-from flowbuffer.collector import Collector
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.collector import Collector, is_served
 from flowbuffer.collector_process import Shift
 from flowbuffer.delivery import DeliveryByProcess
 from flowbuffer.errors import RetriableError, RunGoneError, UnauthorisedError
@@ -20,6 +21,7 @@ from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.info import this_producer
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.reader import Reader
+from flowbuffer.spool.states import park
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import MlflowServer, history, make_run
 from support.collectors import collector_pid, end_collector, is_free
@@ -365,3 +367,19 @@ def test_the_command_that_starts_it() -> None:
     )
     assert done.returncode == 2
     assert "flowbuffer sync" in done.stderr
+
+
+def test_a_closed_producer_relies_on_it_until_its_run_is_gone(tmp_path: Path) -> None:
+    """The collector stays for what a process that lives on has closed and not delivered (P7), but
+    not where the run is gone: it would take the folder up and let it go again and again."""
+    spool = Spool(tmp_path / "spool")
+    info = this_producer("run", "http://127.0.0.1:9", 0, delivery="process")
+    directory = spool.add_producer(info)
+    producer = Producer(directory, spool, Settings(), SYSTEM_CLOCK, lambda: None)
+    producer.append("k", 1.0)
+    assert is_served(directory.path)
+    producer.close()
+    assert is_served(directory.path)
+    park(directory.path, "run run is deleted")
+    assert not is_served(directory.path)
+    directory.lock.release()

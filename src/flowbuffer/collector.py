@@ -23,7 +23,7 @@ from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
 from flowbuffer.spool.reader import Reader
-from flowbuffer.spool.states import closed_outcome, has_dead_letters
+from flowbuffer.spool.states import closed_outcome, has_dead_letters, parked_reason
 from flowbuffer.transport import MlflowTransport, Transport, absolute_uri
 
 _log = logging.getLogger("flowbuffer")
@@ -371,11 +371,11 @@ class Collector:
 
 
 def is_served(folder: Path) -> bool:
-    """Whether a folder is of a living producer that relies on a collector process, for what it has
-    still to log."""
+    """Whether a folder is of a living producer that relies on a collector process. One that is
+    closed, and whose run is gone, has nothing more to get from it."""
     try:
-        waits = read_info(folder).delivery == "process" and has_producer(folder)
-        return waits and not closed_outcome(folder)
+        relies = read_info(folder).delivery == "process" and has_producer(folder)
+        return relies and not (closed_outcome(folder) and parked_reason(folder))
     except SpoolError:
         return False
 
