@@ -1405,3 +1405,26 @@ def test_a_spawned_child(start_job: StartJob, store: Store) -> None:
     for number in range(2):
         assert store.values(f"child{number}") == [-float(step) for step in range(50)]
     assert store.values("parent") == [1.0]
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        lambda run: run.log_metric("k", 1.0, 0, None),
+        lambda run: run.log_metrics({"k": 1.0}, 0, None),
+        lambda run: run.log_params({"p": "1"}),
+        lambda run: run.set_tags({"t": "1"}),
+        lambda run: run.log_batch([("k", 1.0, 0, 1)], [], []),
+    ],
+    ids=["metric", "metrics", "params", "tags", "batch"],
+)
+def test_a_run_that_another_thread_ends_meanwhile(
+    run_id: str, sqlite_uri: str, log: Callable[[runs.BufferedRun], object]
+) -> None:
+    """Between the look at the run and the store its logger may be closed, by a run that ends in
+    another thread: MLflow takes the call then, and nothing is raised in it."""
+    logger = flowbuffer.MetricLogger(run_id, tracking_uri=sqlite_uri)
+    run = runs.BufferedRun(logger, {}, has_models=False)
+    logger.close()
+    with pytest.raises(runs.NotBuffered):
+        log(run)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flowbuffer.delivery_client import delivery_client
-from flowbuffer.errors import InvalidPoint, SpoolError
+from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolError
 from flowbuffer.handle import Handle
 from flowbuffer.logger import MetricLogger
 from flowbuffer.run_loggers import logger_of
@@ -66,7 +66,12 @@ class BufferedRun:
             raise NotBuffered from error
         if not (plain and type(value) is float and type(step) is int and timestamp is None):
             key, value, step, timestamp = self._checked((key, value, step, timestamp))
-        return Handle(self.logger._append(key, value, step, timestamp))
+        try:
+            return Handle(self.logger._append(key, value, step, timestamp))
+        except FlowbufferError as error:
+            if self.logger.closed:  # another thread has ended the run meanwhile
+                raise NotBuffered from error
+            raise
 
     def log_metrics(self, metrics: Mapping[Any, Any], step: Any, timestamp: Any) -> Handle:
         """Metrics with one step and one time.
@@ -78,7 +83,7 @@ class BufferedRun:
         if not points:
             return Handle()
         values = {key: value for key, value, *_ in points}
-        return Handle(self.logger._append_many(values, *points[0][2:]))
+        return self._log(lambda: self.logger._append_many(values, *points[0][2:]))
 
     def log_params(self, params: Mapping[Any, Any]) -> Handle:
         """Parameters; those that the run has already with the same values are passed over.
@@ -86,7 +91,8 @@ class BufferedRun:
         Raises:
             NotBuffered: MLflow may refuse one of them; none was logged.
         """
-        return Handle(self.logger._append_texts(PARAM, self._new_params(params)))
+        new_params = self._new_params(params)
+        return self._log(lambda: self.logger._append_texts(PARAM, new_params))
 
     def set_tags(self, tags: Mapping[Any, Any]) -> Handle:
         """Tags.
@@ -94,7 +100,8 @@ class BufferedRun:
         Raises:
             NotBuffered: MLflow may refuse one of them; none was set.
         """
-        return Handle(self.logger._append_texts(TAG, _texts(TAG, tags)))
+        texts = _texts(TAG, tags)
+        return self._log(lambda: self.logger._append_texts(TAG, texts))
 
     def log_batch(
         self, metrics: Iterable[tuple[Any, Any, Any, Any]], params: Any, tags: Any
@@ -112,11 +119,25 @@ class BufferedRun:
         if not all(isinstance(text, str) for text in new_tags.values()):
             raise NotBuffered
         new_tags = _texts(TAG, new_tags)
-        append = self.logger._append_texts
-        places = [*append(PARAM, self._new_params(new_params)), *append(TAG, new_tags)]
-        for point in points:
-            places += self.logger._append(*point)
-        return Handle(places)
+        known_params = self._new_params(new_params)
+
+        def append() -> list[Any]:
+            logger = self.logger
+            places = [*logger._append_texts(PARAM, known_params)]
+            places += logger._append_texts(TAG, new_tags)
+            for point in points:
+                places += logger._append(*point)
+            return places
+
+        return self._log(append)
+
+    def _log(self, append: Callable[[], Sequence[Any]]) -> Handle:
+        try:
+            return Handle(append())
+        except FlowbufferError as error:
+            if self.logger.closed:
+                raise NotBuffered from error
+            raise
 
     def remember_params(self, params: Mapping[str, str]) -> None:
         """MLflow itself has stored these."""
@@ -126,7 +147,10 @@ class BufferedRun:
         key, value, step, timestamp = metric
         try:
             if key not in self._keys:
-                checked_key(key.key if isinstance(key, MetricKey) else key)
+                if isinstance(key, MetricKey):
+                    key.stored(checked_key(key.key))
+                else:
+                    checked_key(key)
                 self._keys.add(key)
             if type(value) is not float:
                 value = _as_float(value)
