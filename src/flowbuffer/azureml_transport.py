@@ -71,7 +71,7 @@ class AzureMLTransport(MlflowTransport):
 
     def warnings(self, run_id: str) -> list[str]:
         """Of the documented limits that the run comes near to."""
-        return self._warnings.get(run_id, [])
+        return list(self._warnings.get(run_id, ()))  # a copy: whoever keeps it sees what is new
 
     def close(self) -> None:
         """Let the threads go once their requests, and the ingestion of what they sent, are over."""
@@ -85,6 +85,7 @@ class AzureMLTransport(MlflowTransport):
         error = self._attempt(lambda: taken.append(self._log_batch(request)), request.run_id)
         if error is None:
             self._warn_of_rows(request)
+        self._changed.set()  # there is a client now, with a token to be kept
         if error is not None or not getattr(taken[0], "batch_id", ""):
             done(error)
             return
@@ -107,7 +108,11 @@ class AzureMLTransport(MlflowTransport):
     def _stay_authorised(self) -> float | None:
         """A quiet job keeps its token; the seconds for which that holds, None for good."""
         requests = _requests_of(self._client)
-        seconds = math.inf if requests is None else requests.stay_authorised()
+        try:
+            seconds = math.inf if requests is None else requests.stay_authorised()
+        except Exception as problem:  # the next request will tell it, too
+            _log.debug("the token cannot be renewed: %s", problem)
+            seconds = _LONGEST_POLL_S
         return None if seconds == math.inf else min(seconds, threading.TIMEOUT_MAX)
 
     def _look(self) -> float:
@@ -129,7 +134,7 @@ class AzureMLTransport(MlflowTransport):
             # The service has the batch, so asking again is all that there is to do.
             _log.debug("ingestion cannot be asked for: %s", problem)
             return _LONGEST_POLL_S if age_s > _LONGEST_POLL_S else 1.0
-        self._pending.remove(pending)
+        self._pending.popleft()
         if error is None:
             # The next one is asked for at once, and then as often as fits what this one took.
             self._poll_s = min(max(age_s / 8, _POLL_S), _LONGEST_POLL_S)

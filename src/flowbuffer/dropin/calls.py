@@ -46,9 +46,7 @@ class Calls:
 
     def _buffers(self, mode: Mode) -> bool:
         if time.time is not _time:
-            return (
-                False  # somebody has put a clock in its place: MLflow goes by it, and ours does not
-            )
+            return False  # MLflow goes by the clock that somebody has put there, ours does not
         if mode is Mode.OPERATION:
             # Somebody, like a test, who has put something in the place of MLflow's queue is to see
             # what comes to it.

@@ -38,16 +38,16 @@ class Waits:
     def _after(self, original: Original, wait: Callable[..., None]) -> Original:
         def method(client: Any, *args: Any, **kwargs: Any) -> Any:
             if type(client) is self._tracking_client:  # else it is delivery's own
-                wait(*args, **kwargs)
+                wait(client, *args, **kwargs)
             return original(client, *args, **kwargs)
 
         return method
 
     def _of_run(self, original: Original) -> Original:
-        return self._after(original, lambda run_id, *_, **__: flush_run(run_id))
+        return self._after(original, lambda _, run_id, *__, **___: flush_run(run_id))
 
     def _of_all(self, original: Original) -> Original:
-        return self._after(original, lambda *_, **__: flush_all(current_uri()))
+        return self._after(original, lambda client, *_, **__: flush_all(client.tracking_uri))
 
     get_run = get_metric_history = delete_tag = _of_run
     search_runs = get_logged_model = search_logged_models = _of_all
@@ -55,7 +55,7 @@ class Waits:
     def delete_run(self, original: Original) -> Original:
         """A deleted run, or a restored one, is looked for again."""
 
-        def wait(run_id: str) -> None:
+        def wait(_: Any, run_id: str) -> None:
             flush_run(run_id)
             forget_run(run_id)
 
@@ -65,7 +65,7 @@ class Waits:
 
     def log_outputs(self, original: Original) -> Original:
         """From then on MLflow finds out for each metric whether it belongs to the model."""
-        return self._after(original, lambda run_id, *_, **__: models_were_logged(run_id))
+        return self._after(original, lambda _, run_id, *__, **___: models_were_logged(run_id))
 
 
 def request(original: Original) -> Original:
