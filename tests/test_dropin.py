@@ -125,6 +125,46 @@ def test_a_with_block(run_id: str, sqlite_uri: str) -> None:
     assert functions() == before
 
 
+def test_what_was_taken_while_on(run_id: str, sqlite_uri: str) -> None:
+    """Functions that a program took from MLflow while the switch was on are MLflow's own once it is
+    off, and buffer once it is on again."""
+    flowbuffer.enable(linger_s=HELD)
+    mlflow.log_metric("known", 1.0)
+    log_metric, log_params, set_tag = mlflow.log_metric, mlflow.log_params, mlflow.set_tag
+    log_batch = MlflowClient().log_batch
+    flowbuffer.disable()
+    log_metric("a", 1.0)
+    log_params({"p": 1})
+    set_tag("t", 1)
+    log_batch(run_id, [Metric("b", 2.0, 1, 0)])
+    assert rows(sqlite_uri) == (3, 1, 1)
+    assert type(log_metric("c", 1.0, synchronous=False)) is RunOperations
+    mlflow.flush_async_logging()
+    assert rows(sqlite_uri) == (4, 1, 1)
+    flowbuffer.enable(linger_s=HELD)
+    log_metric("a", 2.0)
+    log_metric("a", 1.0)
+    assert rows(sqlite_uri) == (4, 1, 1)
+    flowbuffer.disable()
+    assert values(sqlite_uri, run_id, "a") == [1.0, 2.0, 1.0]
+
+
+def test_what_a_silent_rank_took(
+    run_id: str, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a rank that does not log, too, what was taken is MLflow's own once the switch is off."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flowbuffer.enable(ranks="0")
+    log_metric, log_batch = mlflow.log_metric, MlflowClient().log_batch
+    log_metric("a", 1.0)
+    assert rows(sqlite_uri) == (0, 0, 0)
+    flowbuffer.disable()
+    log_metric("a", 1.0)
+    log_batch(run_id, [Metric("b", 2.0, 1, 0)])
+    assert rows(sqlite_uri) == (2, 0, 0)
+
+
 def test_what_was_imported_before(run_id: str, sqlite_uri: str) -> None:
     """Functions that a program took from MLflow before enable store what they log, in one order
     with the others where steps rise."""
@@ -1275,27 +1315,32 @@ def test_what_others_put_in_place_is_called(
     assert run_id
 
 
-def test_a_function_in_the_place_of_a_method(
-    run_id: str, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_function_in_the_place_of_a_method(run_id: str, sqlite_uri: str) -> None:
     """A plain function that took the place of a client's method is called, too."""
     calls: list[Any] = []
     flowbuffer.enable(linger_s=HELD)
     mlflow.log_metric("known", 1.0)
-    monkeypatch.setattr(MlflowClient, "log_metric", lambda *args, **kwargs: calls.append(kwargs))
-    mlflow.log_metric("k", 1.0)
+    with mock.patch.object(MlflowClient, "log_metric", lambda *_, **kwargs: calls.append(kwargs)):
+        mlflow.log_metric("k", 1.0)
     assert [call["synchronous"] for call in calls] == [True]
     assert rows(sqlite_uri) == (0, 0, 0)
     assert run_id
 
 
-def test_what_others_put_in_place_stays() -> None:
-    """disable leaves alone what somebody else has put in the place of ours."""
-    flowbuffer.enable()
+@pytest.mark.usefixtures("run_id")
+def test_what_others_put_in_place_stays(sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """disable leaves alone what somebody else has put in the place of ours; ours, put back by them
+    afterwards, is MLflow's own."""
+    monkeypatch.setattr(MlflowClient, "log_metric", MlflowClient.log_metric)  # taken back
+    flowbuffer.enable(linger_s=HELD)
     with mock.patch.object(MlflowClient, "log_metric") as mocked:
         flowbuffer.disable()
         assert MlflowClient.log_metric is mocked
     assert not hasattr(MlflowClient.log_batch, "flowbuffers")
+    assert hasattr(MlflowClient.log_metric, "flowbuffers")
+    mlflow.log_metric("k", 1.0)
+    assert rows(sqlite_uri) == (1, 0, 0)
+    assert not Path("spool").exists()
 
 
 def test_a_subclass_of_the_client(run_id: str, sqlite_uri: str) -> None:

@@ -88,8 +88,12 @@ def test_not_strict_counts_and_goes_on(
     assert values(sqlite_uri, run_id, "good") == [1.0, 2.0]
 
 
-def test_disabled_is_plain_mlflow(sqlite_uri: str, run_id: str, tmp_path: Path) -> None:
-    """FLOWBUFFER_ENABLED=0: the same calls go straight to MLflow, and no spool is made."""
+def test_disabled_is_plain_mlflow(
+    sqlite_uri: str, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLOWBUFFER_ENABLED=0: the same calls go straight to MLflow, and are stored when they return,
+    whatever MLflow is told of asynchronous logging; no spool is made."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
     with MetricLogger(run_id, settings=Settings.from_env(enabled=False)) as logger:
         assert logger.log_metric("k", 1.0, step=2).done()
         assert values(sqlite_uri, run_id, "k") == [1.0]

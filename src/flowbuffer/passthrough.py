@@ -40,7 +40,9 @@ class PassThrough:
 
     def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> Places:
         """``MlflowClient.log_metric``."""
-        self._client.log_metric(self._run_id, self._stored_key(key), value, timestamp, step)
+        self._client.log_metric(
+            self._run_id, self._stored_key(key), value, timestamp, step, synchronous=True
+        )
         self.stored += 1
         return ()
 
@@ -69,10 +71,10 @@ class PassThrough:
 
         if kind == PARAM:
             params = [Param(key, str(value)) for key, value in texts.items()]
-            self._client.log_batch(self._run_id, params=params)
+            self._client.log_batch(self._run_id, params=params, synchronous=True)
         else:
             tags = [RunTag(key, str(value)) for key, value in texts.items()]
-            self._client.log_batch(self._run_id, tags=tags)
+            self._client.log_batch(self._run_id, tags=tags, synchronous=True)
         self.stored += len(texts)
         return ()
 
@@ -84,7 +86,7 @@ class PassThrough:
                 Metric(self._stored_key(key), *point)
                 for key, *point in points[first : first + _MAX_BATCH]
             ]
-            self._client.log_batch(self._run_id, metrics=metrics)
+            self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
             self.stored += len(metrics)
 
     def _now_ms(self) -> int:

@@ -33,7 +33,13 @@ class Calls:
         client: ``mlflow.MlflowClient``.
         tracking_client: ``TrackingServiceClient``, which a client has.
         queue: ``AsyncLoggingQueue``, which a store has.
+
+    Attributes:
+        on: Whether the switch is on. A replacement may outlive it, taken from MLflow or put back by
+            somebody; it is MLflow's own then.
     """
+
+    on = False
 
     def __init__(self, fluent: Any, client: Any, tracking_client: Any, queue: Any) -> None:
         self._fluent = fluent

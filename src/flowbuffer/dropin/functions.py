@@ -45,6 +45,8 @@ class Functions(Calls):
         log: Callable[[BufferedRun], Handle],
         otherwise: Any = None,
     ) -> Any:
+        if not self.on:
+            return _LONG
         mode = mode_of(synchronous)
         if self._silent:
             return answer(mode, Handle(), otherwise)

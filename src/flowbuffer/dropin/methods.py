@@ -30,8 +30,9 @@ class Methods(Calls):
         params: Iterable[tuple[str, Any]] = (),
     ) -> Any:
         """Buffer with ``log``; what cannot be is stored with ``store(synchronous)``."""
-        if type(client._tracking_client) is not self._tracking_client:
-            return store(synchronous)  # delivery's own client
+        asked = None if synchronous is ABSENT else synchronous
+        if not self.on or type(client._tracking_client) is not self._tracking_client:
+            return store(asked)  # delivery has a tracking client of its own
         mode = mode_of(synchronous)
         if self._silent:
             return answer(mode, Handle(), otherwise)
@@ -45,7 +46,7 @@ class Methods(Calls):
             except NotBuffered:
                 pass
         flush_run(run_id)
-        stored = store(None if synchronous is ABSENT else synchronous)
+        stored = store(asked)
         known = known_run(client._tracking_client.tracking_uri, run_id)
         if mode is Mode.STORES and known is not None:
             known.remember_params({key: str(value) for key, value in params})

@@ -9,7 +9,7 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from flowbuffer.dropin.calls import OURS
+from flowbuffer.dropin.calls import OURS, Calls
 from flowbuffer.dropin.functions import Functions
 from flowbuffer.dropin.methods import Methods
 from flowbuffer.dropin.reads import Waits, flush_async_logging, request
@@ -70,13 +70,16 @@ def enable(**settings: Any) -> Switch:
             if not _replaced:
                 for owner, name, make in _replacements():
                     _replace(owner, name, make)
+            Calls.on = True
     return Switch()
 
 
 def disable() -> None:
     """Give MLflow its own calls back, and deliver what was logged until then, within
-    ``shutdown_timeout_s``."""
+    ``shutdown_timeout_s``. A function that was taken from MLflow in between is MLflow's own, too.
+    """
     with _lock:
+        Calls.on = False
         while _replaced:
             owner, name, original, replacement = _replaced.pop()
             for place in _places_of(owner):
@@ -88,7 +91,7 @@ def disable() -> None:
 
 def is_enabled() -> bool:
     """Whether MLflow's own calls are buffered."""
-    return bool(_replaced)
+    return Calls.on
 
 
 def _replacements() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
