@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 from flowbuffer.dropin.calls import METHODS, Calls, Original
 from flowbuffer.dropin.modes import ABSENT, Mode, answer, mode_of, start_sized_queue
-from flowbuffer.dropin.runs import BufferedRun, NotBuffered, buffered_run, known_run
+from flowbuffer.dropin.runs import BufferedRun, NotBuffered, Point, buffered_run, known_run
 from flowbuffer.handle import Handle
 from flowbuffer.run_loggers import flush_run
 from flowbuffer.spool.points import MetricKey
@@ -54,8 +55,7 @@ class Methods(Calls):
 
     def _key(self, key: Any, model_id: Any, name: Any, digest: Any) -> Any:
         """What a metric is logged under; it is about the active model if about no other one."""
-        about = (model_id or self._fluent.get_active_model_id(), name, digest)
-        return MetricKey(key, *(text or "" for text in about)) if any(about) else key
+        return _key(key, model_id or self._fluent.get_active_model_id(), name, digest)
 
     def log_metric(self, original: Original) -> Original:
         """``MlflowClient.log_metric``."""
@@ -155,15 +155,25 @@ class Methods(Calls):
                 "log_batch",
                 run_id,
                 synchronous,
-                lambda run: run.log_batch(map(self._point, metrics), params, tags),
+                lambda run: run.log_batch(self._points(metrics), params, tags),
                 store,
                 params=[(param.key, param.value) for param in params],
             )
 
         return log_batch
 
-    def _point(self, metric: Any) -> tuple[Any, Any, Any, Any]:
-        if metric.timestamp is None:
-            raise NotBuffered  # MLflow refuses that
-        about = (metric.model_id, metric.dataset_name, metric.dataset_digest)
-        return self._key(metric.key, *about), metric.value, metric.step, metric.timestamp
+    def _points(self, metrics: Iterable[Any]) -> Iterator[Point]:
+        active_model_id = self._fluent.get_active_model_id()
+        for key, value, step, timestamp, model_id, name, digest in map(_fields, metrics):
+            if timestamp is None:
+                raise NotBuffered  # MLflow refuses that
+            yield _key(key, model_id or active_model_id, name, digest), value, step, timestamp
+
+
+_fields = attrgetter(
+    "key", "value", "step", "timestamp", "model_id", "dataset_name", "dataset_digest"
+)
+
+
+def _key(key: Any, *about: Any) -> Any:
+    return MetricKey(key, *(text or "" for text in about)) if any(about) else key

@@ -182,6 +182,8 @@ def _one_dimension(what: str, given: Any) -> numpy.typing.NDArray[Any]:
 
 
 def _checked_integer(what: str, given: Any, low: int) -> int:
+    if type(given) is int and low <= given < _INT64:
+        return given
     try:
         number = int(given)
         if isinstance(given, (str, bytes, bytearray)) or number != given:
