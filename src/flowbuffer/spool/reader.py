@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flowbuffer.clock import Clock
-from flowbuffer.errors import SpoolError, SpoolFormatError
+from flowbuffer.errors import SpoolError
 from flowbuffer.spool import layout
+from flowbuffer.spool.carry import Carry, read_carry, write_carry
 from flowbuffer.spool.columns import (
     Block,
     mapped_segment,
@@ -27,7 +28,8 @@ from flowbuffer.spool.columns import (
     sound_slots,
     text_at,
 )
-from flowbuffer.spool.files import open_file, read_file, write_file
+from flowbuffer.spool.files import open_file, write_file
+from flowbuffer.spool.key_table import KeyTable
 from flowbuffer.spool.layout import (
     COMMITTED,
     DELIVERED,
@@ -38,32 +40,8 @@ from flowbuffer.spool.layout import (
     TEXT,
     VOID,
 )
-from flowbuffer.spool.states import CARRY, points_in, segment_numbers
-
-_MAX_KEYS_BYTES: Final = 256 << 20
-
-#: A slot that stays empty this long between others, in s, is passed over: its call was interrupted
-#: between the reservation and the store. If it is stored later it is delivered then, out of order.
-HOLE_TIMEOUT_S: Final = 5.0
-#: How long a segment with slots that were passed over is kept for that, in s.
-LATE_TIMEOUT_S: Final = 60.0
-
-
-class _Segment:
-    """A segment that is being read, mapped until all of it is settled."""
-
-    def __init__(self, number: int, columns: NDArray[Any], fields: NDArray[np.uint32]) -> None:
-        self.number = number
-        self.columns = columns
-        self.fields = fields  # of the header, from wanted on
-        self.slots = len(columns)
-        self.left = np.zeros(self.slots, np.int32)  # points on their way, by slot
-        self.has_rejected = np.zeros(self.slots, np.bool_)
-        self.next_slot = 0  # the first one not read yet
-        self.seen = 0  # the first one that was empty at the last look
-        self.unsettled = 0  # slots on their way
-        self.holes: dict[int, float] = {}  # passed over, and until when the segment is kept
-        self.carry: bytes | None = None  # what was derived from the points up to the end
+from flowbuffer.spool.open_segment import OpenSegment
+from flowbuffer.spool.states import points_in, segment_numbers
 
 
 class Reader:
@@ -92,12 +70,10 @@ class Reader:
         self._alive = alive  # a call may be between its reservation and its store
         self._closed = False
         self._note: dict[str, Any] = {}
-        self._keys: dict[int, str] = {}
-        self._tie_keys = np.zeros(0, np.uint32)
-        self._open: list[_Segment] = []
+        self._keys = KeyTable(folder / "keys", self.problems.append)
+        self._open: list[OpenSegment] = []
         self._first = 0  # the number of the oldest segment that may exist
         self._next = 0  # the number of the next segment to open
-        self._hole_since_s: tuple[int, int, float] | None = None
         self._read_carry()
 
     def producer_died(self) -> None:
@@ -129,12 +105,11 @@ class Reader:
 
     def key(self, identity: int) -> str:
         """The key of a key id that :meth:`read` gave out."""
-        return self._keys[identity]
+        return self._keys.key(identity)
 
     def tie_keys(self, identities: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """For each key id the first one with the same metric: what the metric is about, a model or
-        a dataset, makes another key, and MLflow keeps one history of both."""
-        return self._tie_keys[identities]
+        """For each key id that :meth:`read` gave out the first one with the same metric."""
+        return self._keys.tie_keys(identities)
 
     def text(self, segment_number: int, position: int, identity: int) -> str:
         """The value of a parameter or tag that :meth:`read` gave out.
@@ -168,23 +143,16 @@ class Reader:
         self, segment_number: int, slots: NDArray[np.int32], *, rejected: bool = False
     ) -> None:
         """Record that points are delivered, or rejected: one entry in ``slots`` for each point."""
-        segment = next(s for s in self._open if s.number == segment_number)
-        unique, counts = np.unique(slots, return_counts=True)
-        segment.left[unique] -= counts.astype(np.int32)
         if rejected:
-            segment.has_rejected[unique] = True
             self.rejected += len(slots)
         else:
             self.delivered += len(slots)
         self.on_their_way -= len(slots)
-        done = unique[segment.left[unique] == 0]
-        states = np.where(segment.has_rejected[done], REJECTED, DELIVERED)
-        segment.columns["state"][done] = states
-        segment.unsettled -= len(done)
+        self._segment(segment_number).mark(slots, rejected=rejected)
 
     def keep(self, segment_number: int, carry: bytes) -> None:
         """Give what outlives a segment that was read to its end; it can be deleted from then on."""
-        next(s for s in self._open if s.number == segment_number).carry = carry
+        self._segment(segment_number).carry = carry
 
     def retire(self) -> None:
         """Delete the oldest segments of which nothing is left to deliver."""
@@ -194,41 +162,24 @@ class Reader:
                 return
             self.carry = segment.carry
             # A restart counts what is settled in later segments again.
-            later = self._open[1:]
-            delivered = max(self.delivered - _settled_points(later, DELIVERED), 0)
-            rejected = max(self.rejected - _settled_points(later, REJECTED), 0)
-            content = CARRY.pack(segment.number + 1, delivered, rejected) + self.carry
-            self._write_carry(segment.number, layout.frame(layout.FORMAT_VERSION, content))
+            delivered, rejected = (
+                sum(later.settled_points(state) for later in self._open[1:])
+                for state in (DELIVERED, REJECTED)
+            )
+            carry = Carry(
+                segment.number + 1,
+                max(self.delivered - delivered, 0),
+                max(self.rejected - rejected, 0),
+                segment.carry,
+            )
+            write_carry(self.folder, carry, self._path(segment.number))
             self._open.pop(0)
             self._delete(segment.number)
             self._first = segment.number + 1
 
-    def _write_carry(self, number: int, frame: bytes) -> None:
-        path = self.folder / "carry"
-        try:
-            write_file(path, frame)
-        except OSError:
-            # The disk is full. The file of the segment that is to be deleted has the room.
-            reused = path.with_name(".carry.reused")
-            self._path(number).replace(reused)
-            descriptor = open_file(reused, os.O_WRONLY)
-            try:
-                os.pwrite(descriptor, frame, 0)
-                os.ftruncate(descriptor, len(frame))
-            finally:
-                os.close(descriptor)
-            reused.replace(path)
-
     def hurried(self) -> bool:
         """Whether someone waits for a point that is not settled."""
-        for segment in self._open:
-            wanted = min(int(segment.fields[0]), segment.slots)
-            if wanted:
-                states = segment.columns["state"][:wanted]
-                if ((states == COMMITTED) | (states == EMPTY)).any():
-                    return True
-                segment.fields[0] = 0
-        return False
+        return any(segment.is_hurried() for segment in self._open)
 
     def dead_letter(self, letter: dict[str, Any]) -> None:
         """Append to ``rejected.jsonl``; call it before :meth:`mark`."""
@@ -260,14 +211,16 @@ class Reader:
 
     # Finding what can be read.
 
-    def _reading(self) -> _Segment | None:
+    def _reading(self) -> OpenSegment | None:
         for segment in self._open[-1:]:  # another thread may ask for numbers meanwhile
             return segment if segment.carry is None else None
         return None
 
-    def _readable_end(self, segment: _Segment, limit: int) -> int:
+    def _segment(self, number: int) -> OpenSegment:
+        return next(segment for segment in self._open if segment.number == number)
+
+    def _readable_end(self, segment: OpenSegment, limit: int) -> int:
         """The end of the slots that can be given out now."""
-        states = segment.columns["state"]
         if not self._alive:
             return min(segment.slots, segment.next_slot + limit)
         last = segment.slots
@@ -277,47 +230,22 @@ class Reader:
             self._closed = True
         if segment.next_slot >= last:
             return segment.slots
-        end = segment.seen = max(segment.seen, segment.next_slot)
-        while segment.seen < last:
-            part = states[segment.seen : min(segment.seen + 1024, last)]
-            empty = np.flatnonzero(part == EMPTY)
-            segment.seen += int(empty[0]) if len(empty) else len(part)
-            if len(empty):
-                break
-        if segment.seen < last and segment.seen == segment.next_slot:
-            self._pass_over_hole(segment)
-        return min(end, segment.next_slot + limit)
-
-    def _pass_over_hole(self, segment: _Segment) -> None:
-        slot = segment.seen
-        states = segment.columns["state"]
         ended = self._closed or self._path(segment.number + 1).exists()
-        if not ended and not states[slot + 1 : slot + 1025].any():
-            self._hole_since_s = None
-            return
-        now_s = self._clock.monotonic_s()
-        if self._hole_since_s is None or self._hole_since_s[:2] != (segment.number, slot):
-            self._hole_since_s = (segment.number, slot, now_s)
-        elif now_s - self._hole_since_s[2] >= HOLE_TIMEOUT_S:
-            segment.holes[slot] = now_s + LATE_TIMEOUT_S
-            states[slot] = VOID
-            self._hole_since_s = None
+        end = segment.look(last, self._clock.monotonic_s(), ended=ended)
+        return min(end, segment.next_slot + limit)
 
     def _late_points(self) -> Block | None:
         for segment in list(self._open):
-            late = [s for s in segment.holes if segment.columns["state"][s] == COMMITTED]
+            late = segment.late_slots()
             if late:
-                for slot in late:
-                    del segment.holes[slot]
                 slots = np.array(late, dtype=np.int32)
                 return self._block(segment, slots, segment.next_slot, 1 << 62)
         return None
 
-    def _may_be_late(self, segment: _Segment) -> bool:
-        now_s = self._clock.monotonic_s()
-        return not self.finished and any(until_s > now_s for until_s in segment.holes.values())
+    def _may_be_late(self, segment: OpenSegment) -> bool:
+        return not self.finished and segment.may_be_late(self._clock.monotonic_s())
 
-    def _open_next(self) -> _Segment | None:
+    def _open_next(self) -> OpenSegment | None:
         path = self._path(self._next)
         if not path.exists():
             later = [number for number in self._numbers() if number > self._next]
@@ -337,7 +265,7 @@ class Reader:
             return self._open_next()
         if missing:
             self._problem(f"{path} was cut off: {missing} of its slots are missing")
-        segment = _Segment(number, columns, fields)
+        segment = OpenSegment(number, columns, fields)
         self._open.append(segment)
         self._next = number + 1
         return segment
@@ -345,14 +273,14 @@ class Reader:
     # From slots to columns.
 
     def _block(
-        self, segment: _Segment, slots: NDArray[np.int32], end: int, limit: int
+        self, segment: OpenSegment, slots: NDArray[np.int32], end: int, limit: int
     ) -> Block | None:
         """These slots as points; the segment is read up to ``end`` then, or less far if that is
         more than ``limit`` points."""
         rows = segment.columns[slots]
         present = (rows["state"] != VOID) & (rows["state"] != EMPTY)
         slots, rows = slots[present], rows[present]
-        sound = sound_slots(slots, rows, self._known_keys(rows["key"]))
+        sound = sound_slots(slots, rows, self._keys.known(rows["key"]))
         for slot, row in zip(slots[~sound].tolist(), rows[~sound], strict=True):
             self._bury(segment, slot, row.tobytes(), "the slot is damaged")
         for at in np.flatnonzero(sound & ((rows["flags"] & TEXT) != 0)).tolist():
@@ -370,9 +298,7 @@ class Reader:
                 end = last + 1
         block_slots, state = columns[0], columns[6]
         unsettled = block_slots[state == COMMITTED]
-        unique, counts = np.unique(unsettled, return_counts=True)
-        segment.left[unique] += counts.astype(np.int32)
-        segment.unsettled += len(unique)
+        segment.send(unsettled)
         self.on_their_way += len(unsettled)
         self.delivered += int((state == DELIVERED).sum())
         self.rejected += int((state == REJECTED).sum())
@@ -383,16 +309,9 @@ class Reader:
             return None
         return Block(segment.number, ends, *columns)
 
-    def _known_keys(self, keys: NDArray[np.uint32]) -> list[int]:
-        """Which of these key ids the key table has."""
-        found = np.unique(keys).tolist()
-        if any(key not in self._keys for key in found):
-            self._read_keys()
-        return [key for key in found if key in self._keys]
-
     def _with_series(
         self,
-        segment: _Segment,
+        segment: OpenSegment,
         columns: Sequence[NDArray[Any]],
         series: NDArray[np.intp],
         limit: int,
@@ -419,7 +338,7 @@ class Reader:
             parts.append([column[first:] for column in columns])
         return [np.concatenate(column) for column in zip(*parts, strict=True)], last
 
-    def _series(self, segment: _Segment, slot: Sequence[Any]) -> Sequence[NDArray[Any]] | None:
+    def _series(self, segment: OpenSegment, slot: Sequence[Any]) -> Sequence[NDArray[Any]] | None:
         """The points of a series slot as columns; None if its frame is damaged."""
         try:
             return series_columns(self._path(segment.number).with_suffix(".journal"), slot)
@@ -429,7 +348,7 @@ class Reader:
             self._bury(segment, index, raw, f"a series of {value:g} points is damaged: {error}")
             return None
 
-    def _has_text(self, segment: _Segment, slot: int, row: Any) -> bool:
+    def _has_text(self, segment: OpenSegment, slot: int, row: Any) -> bool:
         """Whether the frame of a parameter or tag is whole; if not, it is a dead letter."""
         if row["state"] == COMMITTED:
             try:
@@ -439,7 +358,7 @@ class Reader:
                 return False
         return True
 
-    def _bury(self, segment: _Segment, slot: int, raw: bytes, reason: str) -> None:
+    def _bury(self, segment: OpenSegment, slot: int, raw: bytes, reason: str) -> None:
         """Keep what cannot be read as a dead letter, so that it neither blocks nor disappears."""
         if segment.columns["state"][slot] in (DELIVERED, REJECTED):
             return
@@ -454,32 +373,14 @@ class Reader:
 
     def _read_carry(self) -> None:
         try:
-            data = read_file(self.folder / "carry", limit=layout.MAX_FRAME_PAYLOAD + 64)
-            version, payload = layout.parse_frame(data)
-            if version != layout.FORMAT_VERSION:
-                raise SpoolFormatError(f"it has format version {version}")
-            self._first, self.delivered, self.rejected = CARRY.unpack_from(payload)
-            self.carry = payload[CARRY.size :]
-        except FileNotFoundError:
-            pass
-        except (SpoolError, struct.error) as error:
+            self._first, self.delivered, self.rejected, self.carry = read_carry(self.folder)
+        except SpoolError as error:
             self._problem(f"{self.folder / 'carry'} is not used: {error}")
             self._first = min(self._numbers(), default=0)
         self._next = self._first
         for number in self._numbers():
             if number < self._first:
                 self._delete(number)
-
-    def _read_keys(self) -> None:
-        try:
-            self._keys = layout.parse_keys(read_file(self.folder / "keys", limit=_MAX_KEYS_BYTES))
-            self._tie_keys = np.arange(max(self._keys, default=-1) + 1, dtype=np.uint32)
-            first: dict[str, int] = {}
-            for identity in sorted(self._keys):
-                metric = self._keys[identity].split(layout.KEY_SEPARATOR)[0]
-                self._tie_keys[identity] = first.setdefault(metric, identity)
-        except OSError as error:
-            self._problem(f"{self.folder / 'keys'} cannot be read: {error}")
 
     def _numbers(self) -> list[int]:
         return segment_numbers(self.folder)
@@ -494,7 +395,3 @@ class Reader:
 
     def _problem(self, text: str) -> None:
         self.problems.append(text)
-
-
-def _settled_points(segments: Iterable[_Segment], state: int) -> int:
-    return sum(points_in(segment.columns[: segment.next_slot], state) for segment in segments)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flowbuffer.errors import SpoolError, SpoolFormatError
 from flowbuffer.spool import layout
+from flowbuffer.spool.carry import Carry, read_carry
 from flowbuffer.spool.files import open_file, read_file, write_file
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, EXPLICIT, REJECTED, SERIES
 
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 #: As much of ``rejected.jsonl`` is read; what is beyond it is kept, and not counted.
 _MAX_LETTERS_BYTES: Final = 64 << 20
-
-#: How the payload of ``carry`` begins: the number of the oldest segment that may exist, and the
-#: points of deleted segments that were delivered, and rejected.
-CARRY: Final = struct.Struct("<IQQ")
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def tally(folder: Path) -> Tally | None:
     """Count a producer's points; None if the folder is gone, because all of them are delivered."""
     while True:
         carried = _carried(folder)
-        first, settled = carried[0], carried[1] + carried[2]
+        first, settled = carried.first, carried.delivered + carried.rejected
         pending, oldest_ms = 0, None
         for number in segment_numbers(folder):
             if number >= first:
@@ -61,14 +58,11 @@ def tally(folder: Path) -> Tally | None:
             return Tally(settled - rejected, rejected, pending, oldest_ms)
 
 
-def _carried(folder: Path) -> tuple[int, int, int]:
+def _carried(folder: Path) -> Carry:
     try:
-        _, payload = layout.parse_frame(
-            read_file(folder / "carry", limit=layout.MAX_FRAME_PAYLOAD + 64)
-        )
-        return CARRY.unpack_from(payload)
-    except (OSError, SpoolFormatError, struct.error):
-        return 0, 0, 0
+        return read_carry(folder)
+    except (OSError, SpoolFormatError):
+        return Carry()
 
 
 def _time_ms(row: Any) -> int:

@@ -1,0 +1,75 @@
+"""The file ``carry``: what outlives the segments of a producer that are settled and deleted."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from flowbuffer.errors import SpoolFormatError
+from flowbuffer.spool import layout
+from flowbuffer.spool.files import open_file, read_file, write_file
+
+_HEAD: Final = struct.Struct("<IQQ")
+
+
+class Carry(NamedTuple):
+    """The payload of the file's one frame.
+
+    ``first``: the number of the oldest segment that may exist. ``delivered``, ``rejected``: points
+    of deleted segments. ``derived``: what the reading side derived from all points up to there.
+    """
+
+    first: int = 0
+    delivered: int = 0
+    rejected: int = 0
+    derived: bytes = b""
+
+
+def read_carry(folder: Path) -> Carry:
+    """What a producer's folder carries; all zero if no segment was deleted yet.
+
+    Raises:
+        SpoolFormatError: The file is damaged, or of another version.
+        SpoolError: It is a link, or not a regular file of this user.
+        OSError: It cannot be read.
+    """
+    try:
+        content = read_file(folder / "carry", limit=layout.MAX_FRAME_PAYLOAD + 64)
+    except FileNotFoundError:
+        return Carry()
+    version, payload = layout.parse_frame(content)
+    if version != layout.FORMAT_VERSION:
+        raise SpoolFormatError(f"it has format version {version}")
+    try:
+        first, delivered, rejected = _HEAD.unpack_from(payload)
+    except struct.error as error:
+        raise SpoolFormatError(str(error)) from error
+    return Carry(first, delivered, rejected, payload[_HEAD.size :])
+
+
+def write_carry(folder: Path, carry: Carry, segment: Path) -> None:
+    """Replace what the folder carries, also on a full disk.
+
+    Args:
+        folder: The producer's folder.
+        carry: What it carries from now on.
+        segment: The file of the segment that is to be deleted; its room is taken if there is no
+            other, and then it is gone.
+    """
+    *head, derived = carry
+    frame = layout.frame(layout.FORMAT_VERSION, _HEAD.pack(*head) + derived)
+    path = folder / "carry"
+    try:
+        write_file(path, frame)
+    except OSError:
+        reused = path.with_name(".carry.reused")
+        segment.replace(reused)
+        descriptor = open_file(reused, os.O_WRONLY)
+        try:
+            os.pwrite(descriptor, frame, 0)
+            os.ftruncate(descriptor, len(frame))
+        finally:
+            os.close(descriptor)
+        reused.replace(path)
