@@ -23,8 +23,9 @@ from flowbuffer.spool import layout
 from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.info import this_producer
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, PARAM, REJECTED, TAG
+from flowbuffer.spool.places import Places
 from flowbuffer.spool.points import MetricKey
-from flowbuffer.spool.producer import Places, Producer
+from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import dead_letters, slot_states, tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from flowbuffer.transport import Request

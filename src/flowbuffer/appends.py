@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowbuffer.errors import InvalidPoint
-from flowbuffer.spool.producer import Places
+from flowbuffer.spool.places import Places
 
 _log = logging.getLogger("flowbuffer")
 

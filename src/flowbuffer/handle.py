@@ -8,7 +8,7 @@ from typing import Any
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import DeliveryError, WaitTimeout
 from flowbuffer.spool.layout import COMMITTED, EMPTY, REJECTED, SEGMENT_HEADER_SIZE, SLOT_SIZE
-from flowbuffer.spool.producer import Segment
+from flowbuffer.spool.places import Segment
 from flowbuffer.spool.states import dead_letters, parked_reason, slot_states, want
 
 

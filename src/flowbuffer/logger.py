@@ -31,6 +31,7 @@ from flowbuffer.ledger import Ledger, is_over
 from flowbuffer.report import Progress, Report, Stats
 from flowbuffer.settings import Settings, environment_experiment, environment_place
 from flowbuffer.spool.layout import PARAM, TAG
+from flowbuffer.spool.places import sync
 from flowbuffer.spool.points import Number
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import Waiting, parked_reason, want
@@ -345,7 +346,7 @@ class MetricLogger:
         """The producer's method, with what seldom-used settings add to it."""
         producer = self._producer
         if isinstance(producer, Producer) and self._settings.durability == "power":
-            append = then(append, producer.sync)
+            append = then(append, sync)
         if isinstance(self._delivery, DeliveryHere) and self._settings.delivery == "inline":
             push = self._delivery.push
             append = then(append, lambda _: push())

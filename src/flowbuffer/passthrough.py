@@ -7,7 +7,7 @@ from typing import Any
 
 from flowbuffer.clock import Clock
 from flowbuffer.spool.layout import PARAM
-from flowbuffer.spool.producer import Places
+from flowbuffer.spool.places import Places
 
 _MAX_BATCH = 1000
 

@@ -16,8 +16,9 @@ from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.files import read_file, write_file
 from flowbuffer.spool.info import read_info
 from flowbuffer.spool.layout import FAILED, PARAM, TAG
+from flowbuffer.spool.places import Places
 from flowbuffer.spool.points import MetricKey
-from flowbuffer.spool.producer import Places, Producer
+from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import closed_outcome, dead_letters, has_dead_letters
 
 _Point = Callable[[Producer], Places]

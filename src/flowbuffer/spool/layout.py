@@ -81,7 +81,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Final
+from typing import Any, Final
 
 from flowbuffer.errors import SpoolFormatError
 
@@ -203,6 +203,27 @@ def frame(identity: int, payload: bytes) -> bytes:
     """``payload`` as a frame."""
     checksum = zlib.crc32(payload, zlib.crc32(struct.pack("<II", len(payload), identity)))
     return FRAME_HEADER.pack(FRAME_MAGIC, len(payload), identity, checksum) + payload
+
+
+def series_frame(key: int, first: int, values: Any, steps: Any, timestamps: Any) -> bytes:
+    """The points of a series as a frame.
+
+    Args:
+        key: The key's id.
+        first: The step of the first one where there are no ``steps``.
+        values: 1-D, n of float64.
+        steps: 1-D, n of int64; None if they rise by one.
+        timestamps: 1-D, n of int64, in ms since the epoch; None if all have the slot's.
+    """
+    flags = (steps is not None and SERIES_STEPS) | (timestamps is not None and SERIES_TIMES)
+    columns = [column for column in (values, steps, timestamps) if column is not None]
+    content = b"".join(column.tobytes() for column in columns)
+    return frame(len(values), SERIES_HEADER.pack(flags, key, first) + content)
+
+
+def text_frame(key: int, text: str) -> bytes:
+    """The value of a parameter or tag as a frame; ``key`` is the key's id."""
+    return frame(1, TEXT_HEADER.pack(key) + text.encode())
 
 
 def parse_frame(

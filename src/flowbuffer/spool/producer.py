@@ -9,21 +9,21 @@ is how a thread learns that it is time for the next segment.
 from __future__ import annotations
 
 import itertools
-import os
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flowbuffer.clock import Clock
-from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolFull
+from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.settings import Settings
 from flowbuffer.spool import layout
 from flowbuffer.spool.directory import ProducerDirectory, Spool
-from flowbuffer.spool.files import open_file
+from flowbuffer.spool.growing_file import GrowingFile
 from flowbuffer.spool.layout import COMMITTED, EXPLICIT, SERIES, SLOT, SLOT_SIZE, STATE_OFFSET, VOID
+from flowbuffer.spool.places import DROPPED, Places, Segment
 from flowbuffer.spool.points import (
     MetricKey,
     checked_key,
@@ -44,30 +44,6 @@ SEGMENT_SLOTS = 65536
 _LONG_JOURNAL = 64 << 20
 
 _pack_into = SLOT.pack_into
-
-
-class Segment:
-    """A segment as a handle knows it: where it is, without keeping it mapped.
-
-    Attributes:
-        path: The segment's file.
-        number: Its place among the producer's segments, from 0.
-        hurry: Called when someone waits for one of its points.
-    """
-
-    __slots__ = ("hurry", "number", "path")
-
-    def __init__(self, path: Path, number: int, hurry: Callable[[], None]) -> None:
-        self.path = path
-        self.number = number
-        self.hurry = hurry
-
-
-#: Where points are: for each its segment, then the offset of its slot in the segment's file. None
-#: and text instead say why a point is nowhere. Flat, because one is made per call.
-Places = Sequence[Segment | int | str | None]
-
-_DROPPED: Places = (None, "it was dropped: the spool was full (when_full='drop_newest')")
 
 
 class Producer:
@@ -108,9 +84,8 @@ class Producer:
         self._last_buffer: Any = None
         self._power = settings.durability == "power"
         self._key_ids: dict[Any, int] = {}  # by str or MetricKey; by (str,) of texts
-        self._keys = self._open("keys")
-        self._journal = -1
-        self._journal_bytes = 0
+        self._keys = GrowingFile(directory.path / "keys", durable=self._power)
+        self._journal: GrowingFile | None = None
         # What a store needs, in one tuple, so that no thread ever sees halves of two segments.
         # At first there is no room, so the first store makes the first segment.
         self._current: tuple[Callable[[], int], Any, Segment] = (
@@ -140,7 +115,7 @@ class Producer:
             key_id = self._key_ids[key]
         except (KeyError, TypeError):
             if not self._add_key(key):
-                return _DROPPED
+                return DROPPED
             key_id = self._key_ids[key]
         if type(value) is not float:
             value = checked_value(key, value)
@@ -163,7 +138,7 @@ class Producer:
             _pack_into(buffer, offset, time, value, step, offset, key_id, flags, COMMITTED)
         except BaseException as error:
             if not self._make_room(error, buffer, offset, segment, step):
-                return _DROPPED
+                return DROPPED
             return self.append(key, value, step, timestamp)
         return segment, offset
 
@@ -197,7 +172,7 @@ class Producer:
                 try:
                     value = checked_value(key, value)
                     if not self._add_key(key):
-                        places += _DROPPED
+                        places += DROPPED
                         continue
                     key_id = key_ids[key]
                 except InvalidPoint as error:
@@ -210,7 +185,7 @@ class Producer:
                 if self._make_room(error, buffer, offset, segment, step):
                     places += self.append(key, value, step, timestamp)
                 else:
-                    places += _DROPPED
+                    places += DROPPED
                 reserve, buffer, segment = self._current
                 continue
             places += segment, offset
@@ -231,7 +206,7 @@ class Producer:
         """
         columns = checked_series(checked_key(key), values, steps, timestamps)
         if not self._add_key(key, len(columns[0])):
-            return _DROPPED
+            return DROPPED
         key_id = self._key_ids[key]
         places: list[Segment | int | str | None] = []
         for first in range(0, len(columns[0]), layout.MAX_SERIES_POINTS):
@@ -240,12 +215,7 @@ class Producer:
                 for column in columns
             )
             assert value is not None
-            flags = (step is not None and layout.SERIES_STEPS) | (
-                time is not None and layout.SERIES_TIMES
-            )
-            parts = [layout.SERIES_HEADER.pack(flags, key_id, first), value.tobytes()]
-            parts += [column.tobytes() for column in (step, time) if column is not None]
-            frame = layout.frame(len(value), b"".join(parts))
+            frame = layout.series_frame(key_id, first, value, step, time)
             places += self._append_frame(frame, key_id, len(value))
         return places
 
@@ -264,24 +234,11 @@ class Producer:
         places: list[Segment | int | str | None] = []
         for key, text in checked.items():
             if not self._add_key((key,)):
-                places += _DROPPED
+                places += DROPPED
                 continue
             key_id = self._key_ids[(key,)]
-            frame = layout.frame(1, layout.TEXT_HEADER.pack(key_id) + text.encode())
-            places += self._append_frame(frame, key_id, 1, kind)
+            places += self._append_frame(layout.text_frame(key_id, text), key_id, 1, kind)
         return places
-
-    def sync(self, places: Places) -> None:
-        """Bring these points to the disk itself (``durability="power"``)."""
-        for segment in {segment for segment in places[::2] if isinstance(segment, Segment)}:
-            try:
-                descriptor = open_file(segment.path, os.O_RDWR)
-            except FileNotFoundError:
-                continue  # delivered already
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
     def barrier(self) -> tuple[int, int]:
         """A place (segment number, offset) that every point logged until now lies before."""
@@ -300,7 +257,7 @@ class Producer:
                 self._end = self.barrier()
                 _, self._last_buffer, segment = self._current
                 self._current = (itertools.count().__next__, bytearray(), segment)
-                os.close(self._keys)
+                self._keys.close()
                 self._close_journal()
 
     def close(self, *, failed: bool = False) -> None:
@@ -325,7 +282,7 @@ class Producer:
     def abandon(self) -> None:
         """In a forked child: close what was inherited; the parent goes on writing."""
         if self._end is None:
-            os.close(self._keys)
+            self._keys.close()
             self._close_journal()
 
     # What is seldom needed: keys, segments, journals, no room.
@@ -349,7 +306,7 @@ class Producer:
             self._check_open()
             if key not in self._key_ids:
                 identity = len(self._key_ids)
-                self._write(self._keys, layout.frame(identity, stored.encode()))
+                self._keys.write(layout.frame(identity, stored.encode()))
                 self._key_ids[key] = identity
             return self._key_ids[key]
 
@@ -403,7 +360,7 @@ class Producer:
             time = self._now_ns()
             written = self._room.wait_for(lambda: self._write_journal(frame), points)
             if written is None:
-                return _DROPPED
+                return DROPPED
             reserve, buffer, segment, position = written
             slot = (time, float(points), position)
             offset = reserve()
@@ -411,7 +368,7 @@ class Producer:
                 _pack_into(buffer, offset, *slot, offset, key_id, flags, COMMITTED)
             except BaseException as error:
                 if not self._make_room(error, buffer, offset, segment, position, points):
-                    return _DROPPED
+                    return DROPPED
                 continue
             return segment, offset
 
@@ -419,30 +376,15 @@ class Producer:
         """Write to the journal of the current segment; what its slot needs, and the offset."""
         with self._lock:
             self._check_open()
-            if self._current[2].number < 0 or self._journal_bytes > self._journal_limit:
+            journal_size = 0 if self._journal is None else self._journal.size
+            if self._current[2].number < 0 or journal_size > self._journal_limit:
                 self._advance(self._current[2])
             self._room.take(len(frame))
             reserve, buffer, segment = self._current
-            if self._journal < 0:
-                self._journal = self._open(self._path(segment.number, "journal").name)
-            position = self._journal_bytes
-            self._write(self._journal, frame)
-            self._journal_bytes += len(frame)
-            return reserve, buffer, segment, position
-
-    def _write(self, descriptor: int, content: bytes) -> None:
-        """Append to a file, all or nothing."""
-        size = os.fstat(descriptor).st_size
-        try:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            if self._power:
-                os.fsync(descriptor)
-        except OSError as error:
-            os.ftruncate(descriptor, size)
-            folder = self.directory.path
-            raise SpoolFull(f"no room for {len(content)} bytes in {folder}: {error}") from error
+            if self._journal is None:
+                path = self._path(segment.number, "journal")
+                self._journal = GrowingFile(path, durable=self._power)
+            return reserve, buffer, segment, self._journal.write(frame)
 
     def _check_open(self) -> None:
         if self._end is not None:
@@ -451,12 +393,7 @@ class Producer:
     def _path(self, number: int, kind: str) -> Path:
         return self.directory.path / f"{number:08d}.{kind}"
 
-    def _open(self, name: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        return open_file(self.directory.path / name, flags)
-
     def _close_journal(self) -> None:
-        if self._journal >= 0:
-            os.close(self._journal)
-            self._journal = -1
-            self._journal_bytes = 0
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
