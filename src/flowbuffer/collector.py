@@ -18,8 +18,9 @@ from typing import NamedTuple
 from flowbuffer.clock import SYSTEM_CLOCK, Clock, Event
 from flowbuffer.credentials import without_credentials
 from flowbuffer.errors import SpoolError
-from flowbuffer.sender import Sender, Source
+from flowbuffer.sender import Sender
 from flowbuffer.settings import Settings
+from flowbuffer.source import Source
 from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
 from flowbuffer.spool.reader import Reader

@@ -11,12 +11,11 @@ import math
 import queue
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from flowbuffer.batches import Batch, Part
 from flowbuffer.clock import Clock
 from flowbuffer.errors import (
     DoubtfulError,
@@ -26,11 +25,12 @@ from flowbuffer.errors import (
     TransportError,
     UnauthorisedError,
 )
-from flowbuffer.ordering import ROW, Backlog, Rows, TieRule, one_each
+from flowbuffer.ordering import Backlog, Rows, one_each
 from flowbuffer.retry import RetryPolicy
+from flowbuffer.run_keys import RunKeys
 from flowbuffer.settings import Settings
-from flowbuffer.spool.columns import Block
-from flowbuffer.spool.layout import COMMITTED, KEY_SEPARATOR, PARAM, TAG
+from flowbuffer.source import Source
+from flowbuffer.spool.layout import KEY_SEPARATOR, PARAM, TAG
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import park
 from flowbuffer.transport import Request, Transport
@@ -49,44 +49,6 @@ DOUBTS = 8
 DOUBTS_OF_A_PART = 3
 
 _KINDS = {0: "metric", PARAM: "param", TAG: "tag"}
-
-
-@dataclass
-class Source:
-    """One producer of the run: its reader and its rule for ties.
-
-    ``paused``: nothing more is read of it; what was read goes on its way. ``key_numbers``: from its
-    kinds and key ids to the run's numbers of keys.
-    """
-
-    reader: Reader
-    ties: TieRule
-    paused: bool = False
-    key_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Part:
-    """Points that go in one request.
-
-    ``blamed``: they are the second half of what the server rejected. Once the first half is stored
-    the fault must be in them, and sending them as a whole would be a request for nothing.
-    """
-
-    rows: Rows
-    blamed: bool = False
-
-
-@dataclass(eq=False)
-class _Batch:
-    """Points on their way: one part or, once it was refused, several after one another."""
-
-    parts: deque[_Part]
-    keys: set[int]
-    attempt: int = 0
-    due_s: float = 0.0
-    sending: bool = False
-    is_split: bool = False
 
 
 class Sender:
@@ -129,26 +91,19 @@ class Sender:
         self._wake = wake
         self._policy = policy or RetryPolicy()
         self._window_points = window_points or WINDOW_POINTS
-        self._keys: list[str] = []
-        self._kinds: list[int] = []  # of the keys: 0 for metrics, PARAM or TAG
-        self._key_numbers: dict[tuple[int, str], int] = {}
+        self._keys = RunKeys()
         self._backlog = Backlog()
         self._texts = Backlog()
-        self._batches: list[_Batch] = []
+        self._batches: list[Batch] = []
         self._busy: set[int] = set()
         self._outcomes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._accepted: list[_Part] = []  # the service has them, and does not have them stored yet
+        self._accepted: list[Part] = []  # the service has them, and does not have them stored yet
         self._held_up: type[TransportError] | None = None  # what was told last
         self._not_before_s = -math.inf
 
     def add(self, reader: Reader) -> Source:
         """Deliver what ``reader`` reads, too."""
-        try:
-            ties = TieRule(reader.carry)
-        except ValueError as error:
-            reader.problems.append(f"{reader.folder / 'carry'} is not used: {error}")
-            ties = TieRule()
-        source = Source(reader, ties)
+        source = Source(len(self.sources), reader, self._keys)
         self.sources.append(source)
         return source
 
@@ -193,52 +148,16 @@ class Sender:
         # What is accepted holds up nothing; it only takes memory.
         window = self._window_points + sum(len(part.rows) for part in self._accepted)
         window = min(window, max(self._window_points, WINDOW_POINTS))
-        for number, source in enumerate(self.sources):
-            if source is None:
-                continue
-            room = window - sum(s.reader.on_their_way for s in self._live())
-            if room > 0 and not source.paused:
-                block = source.reader.read(room)
-                if block is not None:
-                    any_read = True
-                    self._take(number, source, block, now_s)
+        for source in self._live():
+            room = window - sum(other.reader.on_their_way for other in self._live())
+            found = source.read(room) if room > 0 else None
+            if found is not None:
+                any_read = True
+                rows, kinds = found
+                self._backlog.add(rows[kinds == 0], now_s)
+                self._texts.add(rows[kinds != 0], now_s)
             source.reader.retire()
         return any_read
-
-    def _take(self, number: int, source: Source, block: Block, now_s: float) -> None:
-        time = source.ties.apply(block, source.reader.tie_keys(block.key))
-        if block.ends_segment:
-            source.reader.keep(block.segment, source.ties.state())
-        pending = np.flatnonzero(block.state == COMMITTED)
-        rows = np.empty(len(pending), ROW)
-        rows["source"], rows["segment"] = number, block.segment
-        rows["slot"], rows["time"] = block.slot[pending], time[pending]
-        rows["identity"] = block.key[pending]
-        rows["step"], rows["value"] = block.step[pending], block.value[pending]
-        kind = block.kind[pending]
-        rows["key"] = self._numbers(source, kind, block.key[pending])
-        self._backlog.add(rows[kind == 0], now_s)
-        self._texts.add(rows[kind != 0], now_s)
-
-    def _numbers(
-        self, source: Source, kinds: NDArray[np.uint8], identities: NDArray[np.uint32]
-    ) -> NDArray[np.int32]:
-        """The run's numbers of these keys."""
-        both = identities.astype(np.int64) << 8 | kinds
-        found, inverse = np.unique(both, return_inverse=True)
-        numbers = [self._number(source, one & 0xFF, one >> 8) for one in found.tolist()]
-        return np.array(numbers, np.int32)[inverse]
-
-    def _number(self, source: Source, kind: int, identity: int) -> int:
-        known = source.key_numbers.get((kind, identity))
-        if known is None:
-            key = source.reader.key(identity)
-            known = self._key_numbers.setdefault((kind, key), len(self._keys))
-            if known == len(self._keys):
-                self._keys.append(key)
-                self._kinds.append(kind)
-            source.key_numbers[kind, identity] = known
-        return known
 
     # Sending.
 
@@ -270,32 +189,32 @@ class Sender:
     def _begin(self, rows: Rows) -> None:
         """Send these points, which are all metrics, or all parameters and tags."""
         parts = [rows]
-        if self._kinds[rows["key"][0]] != 0:
+        if self._keys.kind(rows["key"][0]) != 0:
             # The first value of a parameter is the one that counts, and one request has it once.
-            params = np.array([self._kinds[number] == PARAM for number in rows["key"].tolist()])
+            params = np.array([self._keys.kind(n) == PARAM for n in rows["key"].tolist()])
             parts = one_each(rows, params)
-        batch = _Batch(deque(map(_Part, parts)), set(np.unique(rows["key"]).tolist()))
+        batch = Batch(deque(map(Part, parts)), set(np.unique(rows["key"]).tolist()))
         self._batches.append(batch)
         self._busy |= batch.keys
         self._request(batch)
 
     def _as_request(self, rows: Rows) -> Request:
         numbers = rows["key"].tolist()
-        keys = [self._keys[number] for number in numbers]
-        if self._kinds[numbers[0]] == 0:
+        keys = [self._keys.key(number) for number in numbers]
+        if self._keys.kind(numbers[0]) == 0:
             columns = (rows[name].tolist() for name in ("value", "time", "step"))
             return Request(self.run_id, keys, *columns)
-        texts: dict[int, dict[str, str]] = {PARAM: {}, TAG: {}}
+        texts: dict[int, dict[str, str]] = {PARAM: {}, TAG: {}}  # of a tag's values the last one
         for number, key, row in zip(numbers, keys, rows, strict=True):
-            texts[self._kinds[number]][key] = self._text(row)  # of a tag's values the last one
+            texts[self._keys.kind(number)][key] = self._source(int(row["source"])).text(row)
         return Request(self.run_id, params=[*texts[PARAM].items()], tags=[*texts[TAG].items()])
 
-    def _text(self, row: Any) -> str:
-        source = self.sources[int(row["source"])]
+    def _source(self, number: int) -> Source:
+        source = self.sources[number]
         assert source is not None
-        return source.reader.text(int(row["segment"]), int(row["step"]), int(row["identity"]))
+        return source
 
-    def _request(self, batch: _Batch) -> None:
+    def _request(self, batch: Batch) -> None:
         part = batch.parts[0]
         request = self._as_request(part.rows)
         batch.sending = True
@@ -313,7 +232,7 @@ class Sender:
 
     # What became of a request.
 
-    def _accept(self, batch: _Batch) -> None:
+    def _accept(self, batch: Batch) -> None:
         """The next request with these keys may go: what it brings sorts after this, whenever the
         service has stored it."""
         batch.sending = False
@@ -321,13 +240,13 @@ class Sender:
         self._accepted.append(batch.parts.popleft())
         self._next_part(batch)
 
-    def _settle(self, batch: _Batch, part: _Part, error: TransportError | None) -> None:
+    def _settle(self, batch: Batch, part: Part, error: TransportError | None) -> None:
         if part in self._accepted:
             self._accepted.remove(part)
             if error is None:
                 self._mark(part.rows)
             else:  # once more, and in nobody's way
-                again = _Batch(deque([part]), set(), attempt=1, due_s=self._clock.monotonic_s())
+                again = Batch(deque([part]), set(), attempt=1, due_s=self._clock.monotonic_s())
                 self._batches.append(again)
             return
         batch.sending = False
@@ -338,7 +257,7 @@ class Sender:
         else:
             self._failed(batch, error)
 
-    def _went_well(self, batch: _Batch) -> None:
+    def _went_well(self, batch: Batch) -> None:
         self.failure = None
         batch.attempt = 0
         if self._held_up and not any(other.attempt for other in self._batches):
@@ -348,45 +267,32 @@ class Sender:
             self._park(None)
         self._note()  # before the marks, so that whoever waits for them finds it
 
-    def _stored(self, batch: _Batch) -> None:
+    def _stored(self, batch: Batch) -> None:
         self._went_well(batch)
         self._mark(batch.parts.popleft().rows)
         self._next_part(batch)
 
-    def _is_final(self, batch: _Batch, error: TransportError) -> bool:
+    def _is_final(self, batch: Batch, error: TransportError) -> bool:
         """Whether a doubtful error has come so often that the content must be at fault."""
         most = DOUBTS_OF_A_PART if batch.is_split else DOUBTS
         return isinstance(error, DoubtfulError) and batch.attempt >= most
 
-    def _refused(self, batch: _Batch, error: TransportError) -> None:
+    def _refused(self, batch: Batch, error: TransportError) -> None:
         """Split down to the point at fault; it alone is a dead letter."""
-        batch.attempt = 0
-        for part in batch.parts:
-            part.blamed = False  # the fault is in the first part; in others there need be none
-        rows = batch.parts[0].rows
-        if len(rows) > 1:
-            self._split(batch, blame=not isinstance(error, TooLargeError))
-        else:
-            self._reject(rows, error)
-            batch.parts.popleft()
+        at_fault = batch.take_apart(blame=not isinstance(error, TooLargeError))
+        if at_fault is not None:
+            self._reject(at_fault, error)
         self._next_part(batch)
 
-    def _split(self, batch: _Batch, *, blame: bool) -> None:
-        batch.is_split = True
-        rows = batch.parts.popleft().rows
-        half = (len(rows) + 1) // 2
-        batch.parts.extendleft([_Part(rows[half:], blamed=blame), _Part(rows[:half])])
-
-    def _next_part(self, batch: _Batch) -> None:
+    def _next_part(self, batch: Batch) -> None:
         if not batch.parts:
             self._batches.remove(batch)
             self._busy -= batch.keys
             return
-        while batch.parts[0].blamed and len(batch.parts[0].rows) > 1:
-            self._split(batch, blame=True)  # as a whole it would be refused
+        batch.make_ready()
         batch.due_s = self._clock.monotonic_s()
 
-    def _failed(self, batch: _Batch, error: TransportError) -> None:
+    def _failed(self, batch: Batch, error: TransportError) -> None:
         now_s = self._clock.monotonic_s()
         batch.attempt += 1
         wait_s = self._policy.wait_s(error, batch.attempt)
@@ -424,26 +330,21 @@ class Sender:
 
     def _mark(self, rows: Rows, *, rejected: bool = False) -> None:
         for number in np.unique(rows["source"]).tolist():
-            source = self.sources[number]
-            assert source is not None
-            own = rows[rows["source"] == number]
-            for segment in np.unique(own["segment"]).tolist():
-                slots = own["slot"][own["segment"] == segment]
-                source.reader.mark(segment, slots, rejected=rejected)
+            self._source(number).mark(rows, rejected=rejected)
 
     def _reject(self, rows: Rows, error: TransportError) -> None:
         row: Any = rows[0]
-        source = self.sources[int(row["source"])]
-        assert source is not None
+        source = self._source(int(row["source"]))
         number = int(row["key"])
-        key, *about = self._keys[number].split(KEY_SEPARATOR)
+        kind = self._keys.kind(number)
+        key, *about = self._keys.key(number).split(KEY_SEPARATOR)
         letter: dict[str, Any] = {
             "run_id": self.run_id,
-            "kind": _KINDS[self._kinds[number]],
+            "kind": _KINDS[kind],
             "key": key,
         }
-        if self._kinds[number]:
-            letter["value"] = self._text(row)
+        if kind:
+            letter["value"] = source.text(row)
         else:
             value = float(row["value"])
             letter["value"] = value if math.isfinite(value) else str(value)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from flowbuffer.retry import RetryPolicy
-from flowbuffer.sender import Sender, Source
+from flowbuffer.sender import Sender
 from flowbuffer.settings import Settings
+from flowbuffer.source import Source
 from flowbuffer.spool.directory import ProducerDirectory, Spool
 from flowbuffer.spool.info import this_producer
 from flowbuffer.spool.producer import Producer
