@@ -7,42 +7,31 @@ integers whose names end in ``_bytes``.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flowbuffer.errors import SettingError
-
-ENVIRONMENT_PREFIX = "FLOWBUFFER_"
+from flowbuffer.setting_values import (
+    ENVIRONMENT_PREFIX,
+    checked,
+    choice,
+    flag,
+    listed,
+    number,
+    parsed,
+    path,
+    text,
+    variable_of,
+)
 
 #: What whoever delivers goes by; the rest is the producer's business.
 _OF_DELIVERY = ("linger_s", "max_batch_size", "max_in_flight", "request_timeout_s")
-
-_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-
-
-def _setting(
-    default: Any, meaning: str, *, low: float | None = None, high: float | None = None
-) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
-
-
-def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "choices": choices})
-
-
-def _flag(default: bool | None, meaning: str) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "flag": True})
-
-
-def _text(default: str, meaning: str) -> Any:
-    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,93 +57,93 @@ class Settings:
         SettingError: A value is of the wrong kind or out of range.
     """
 
-    enabled: bool | None = _flag(
+    enabled: bool | None = flag(
         None,
         "True: MLflow's own calls are buffered, too. None: only flowbuffer's. False: every call "
         "goes straight to MLflow, synchronously; nothing is spooled.",
     )
-    delivery: Literal["process", "thread", "inline"] = _choice(
+    delivery: Literal["process", "thread", "inline"] = choice(
         "process",
         ("process", "thread", "inline"),
         "Who sends: `process`, one process for all that log to this spool, with the credentials of "
         "the environment in which it was started; `thread`, a daemon thread of this process, also "
         "with credentials that exist only in its memory; `inline`, the call itself, for debugging.",
     )
-    offline: bool = _flag(
+    offline: bool = flag(
         False, "True: only spool; `flowbuffer sync` delivers later, on any machine."
     )
-    spool_dir: Path | None = _setting(
+    spool_dir: Path | None = path(
         None,
         "Where points wait for delivery: a local disk or tmpfs. "
         "Default: `flowbuffer` in the platform's state directory of the user.",
     )
-    max_spool_bytes: int = _setting(
+    max_spool_bytes: int = number(
         2 << 30, "The most that the spool may take on the disk, in bytes.", low=1 << 20
     )
-    when_full: Literal["block", "drop_newest", "raise"] = _choice(
+    when_full: Literal["block", "drop_newest", "raise"] = choice(
         "block",
         ("block", "drop_newest", "raise"),
         "A full spool: `block` the call up to `block_timeout_s`, then raise; "
         "`drop_newest` and count it; or `raise` at once.",
     )
-    block_timeout_s: float = _setting(
+    block_timeout_s: float = number(
         30.0, "How long a call may wait for room in a full spool, in seconds.", low=0
     )
-    linger_s: float = _setting(
+    linger_s: float = number(
         0.5,
         "How old a point may get before its batch leaves half full, in seconds.",
         low=0,
         high=3600,
     )
-    max_batch_size: int = _setting(
+    max_batch_size: int = number(
         1000,
         "The most metrics in one request. MLflow's servers refuse more than 1000.",
         low=1,
         high=1000,
     )
-    max_in_flight: int | None = _setting(
+    max_in_flight: int | None = number(
         None,
         "The most requests on their way at once. Default: 1 for SQLite files, 4 elsewhere.",
         low=1,
         high=64,
     )
-    request_timeout_s: float = _setting(
+    request_timeout_s: float = number(
         60.0,
         "How long one HTTP request may take before it is sent again, in seconds.",
         low=0.1,
         high=86_400,
     )
-    durability: Literal["process", "power"] = _choice(
+    durability: Literal["process", "power"] = choice(
         "process",
         ("process", "power"),
         "What a returned point survives: `process`, the death of any process; "
         "`power`, the loss of power too (one disk write per call, about 1000 times slower).",
     )
-    shutdown_timeout_s: float = _setting(
+    shutdown_timeout_s: float = number(
         60.0, "How long the end of a job or of a run may wait for delivery, in seconds.", low=0
     )
-    read_timeout_s: float = _setting(
+    read_timeout_s: float = number(
         30.0,
         "With `enabled=True`: how long a call that reads a run (`mlflow.get_run`, ...) may wait "
         "for what was logged to it, in seconds; 0 reads at once.",
         low=0,
     )
-    drain_timeout_s: float = _setting(
+    drain_timeout_s: float = number(
         3600.0,
         "How long the collector process goes on by itself after the last job ended, in seconds.",
         low=0,
     )
-    ranks: str = _text(
+    ranks: str = text(
         "all",
         "Which processes of a distributed job log: `all`, or ranks like `0` or `0,4`. In the "
         "others every call returns at once.",
     )
-    key_template: str = _text(
+    key_template: str = text(
         "{key}",
         "The key under which a point is stored, of `{key}`, `{rank}`, `{local_rank}` and "
         "`{world_size}`, like `{key}/rank{rank}`.",
     )
-    strict: bool = _flag(
+    strict: bool = flag(
         True,
         "What the caller got wrong (a value that is no number, an invalid key): True raises at "
         "the call; False counts it, warns once per key, and goes on.",
@@ -162,7 +151,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = _checked(item.name, item.metadata, item.default, getattr(self, item.name))
+            value = checked(item.name, item.metadata, item.default, getattr(self, item.name))
             object.__setattr__(self, item.name, value)
         self.logs(0)
         self.stored_key("a key", Place())
@@ -183,20 +172,20 @@ class Settings:
         environ = os.environ if environ is None else environ
         names = {item.name: item for item in fields(cls)}
         values: dict[str, Any] = {}
-        for variable, text in environ.items():
-            if not variable.startswith(ENVIRONMENT_PREFIX) or not text:
+        for variable, said in environ.items():
+            if not variable.startswith(ENVIRONMENT_PREFIX) or not said:
                 continue
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             if name not in names:
-                known = _listed(variable_of(setting) for setting in names)
+                known = listed(variable_of(setting) for setting in names)
                 warnings.warn(f"{variable} is ignored: the settings are {known}", stacklevel=2)
                 continue
-            values[name] = _parsed(variable, str(names[name].type), text)
+            values[name] = parsed(variable, str(names[name].type), said)
         unknown = overrides.keys() - names.keys()
         if unknown:
             raise SettingError(
-                f"{_listed(unknown)} is not a setting of flowbuffer; "
-                f"the settings are {_listed(names)}"
+                f"{listed(unknown)} is not a setting of flowbuffer; "
+                f"the settings are {listed(names)}"
             )
         values.update(overrides)
         return cls(**values)
@@ -210,7 +199,7 @@ class Settings:
         if self.ranks == "all":
             return True
         try:
-            chosen = {int(text) for text in self.ranks.split(",")}
+            chosen = {int(rank) for rank in self.ranks.split(",")}
         except ValueError:
             chosen = {-1}
         if min(chosen) < 0:
@@ -259,11 +248,6 @@ class Settings:
         return Path(platformdirs.user_state_dir("flowbuffer", appauthor=False))
 
 
-def variable_of(setting: str) -> str:
-    """The environment variable of a setting."""
-    return ENVIRONMENT_PREFIX + setting.upper()
-
-
 def environment_run_id() -> str | None:
     """The run that ``MLFLOW_RUN_ID`` names, as a job scheduler sets it."""
     return os.environ.get("MLFLOW_RUN_ID") or None
@@ -307,14 +291,14 @@ _PLACES = (
 def environment_place() -> Place:
     """The place of this process in a distributed job, from what started it."""
 
-    def number(variable: str) -> int | None:
-        text = os.environ.get(variable, "")
-        return int(text) if text.isdecimal() else None
+    def whole(variable: str) -> int | None:
+        said = os.environ.get(variable, "")
+        return int(said) if said.isdecimal() else None
 
     for rank, local_rank, world_size in _PLACES:
-        if number(rank) is not None:
+        if whole(rank) is not None:
             return Place(
-                rank=number(rank), local_rank=number(local_rank), world_size=number(world_size)
+                rank=whole(rank), local_rank=whole(local_rank), world_size=whole(world_size)
             )
     return Place()
 
@@ -389,64 +373,3 @@ def handed_on_uri() -> str | None:
 def handed_on_ms() -> int:
     """In a collector process: since when what started it logs, in ms since the epoch."""
     return int(os.environ.get(_SINCE) or 0)
-
-
-def _parsed(variable: str, annotation: str, text: str) -> Any:
-    """The text of a variable as the setting's type; text that cannot be is left for the check."""
-    parse: Callable[[str], Any]
-    if annotation.startswith("bool"):
-        if text.lower() not in _BOOLEANS:
-            raise SettingError(f"{variable}={text!r}: allowed are {_listed(_BOOLEANS)}")
-        return _BOOLEANS[text.lower()]
-    if annotation.startswith("int"):
-        parse, kind = int, "a whole number"
-    elif annotation.startswith("float"):
-        parse, kind = float, "a number"
-    else:
-        return text
-    try:
-        return parse(text)
-    except ValueError:
-        raise SettingError(f"{variable}={text!r}: it must be {kind}") from None
-
-
-def _checked(name: str, metadata: Mapping[str, Any], default: Any, value: Any) -> Any:
-    """``value`` as the setting's type, or a :class:`SettingError` that says what is allowed."""
-    said = f"{name} ({variable_of(name)}) = {value!r}"
-    if value is None and default is None:
-        return None
-    if "choices" in metadata:
-        if value not in metadata["choices"]:
-            raise SettingError(f"{said}: allowed are {_listed(metadata['choices'])}")
-        return value
-    if "flag" in metadata:
-        if not isinstance(value, bool):
-            raise SettingError(f"{said}: allowed are True and False")
-        return value
-    if name == "spool_dir":
-        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-            raise SettingError(f"{said}: it must be a path")
-        return Path(value)
-    if isinstance(default, str):
-        if not isinstance(value, str):
-            raise SettingError(f"{said}: it must be a str")
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SettingError(f"{said}: it must be a number")
-    if not math.isfinite(value):
-        raise SettingError(f"{said}: it must be finite")
-    if not isinstance(default, float):
-        if value != int(value):
-            raise SettingError(f"{said}: it must be a whole number")
-        value = int(value)
-    else:
-        value = float(value)
-    low, high = metadata["low"], metadata["high"]
-    if not (low is None or value >= low) or not (high is None or value <= high):
-        above = "" if high is None else f" and at most {high}"
-        raise SettingError(f"{said}: it must be at least {low}{above}")
-    return value
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(sorted(map(str, names)))
