@@ -289,7 +289,7 @@ def test_a_token_outlives_a_quiet_time(
     start_service: StartService, start: StartAzureJob, forks: bool
 ) -> None:
     """A process that logs nothing for longer than its token lives goes on delivering after that."""
-    service = start_service(token_lifetime_s=6.0)
+    service = start_service(token_lifetime_s=10.0)
     code = """
     mlflow.start_run()
     flowbuffer.log_metric("first", 0)
@@ -303,7 +303,7 @@ def test_a_token_outlives_a_quiet_time(
             logger.log_metric("loss", step, step=step)
             logger.flush(timeout=3)
             if not step:
-                time.sleep(8)
+                time.sleep(12)
         say(f"pending {logger.stats().pending}")
         os._exit(0)
     """

@@ -4,6 +4,7 @@ there is what it sees of the service, its waits and its failures included."""
 import importlib.util
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,8 +33,11 @@ class StockJob(Job):
     import mlflow
     from mlflow.entities import Metric
 
-    def say(**facts):
-        print(json.dumps(facts), flush=True)
+    def say(word="", **facts):
+        print(word or json.dumps(facts), flush=True)
+
+    def hear():
+        return sys.stdin.readline().strip()
 
     def error_of(call):
         began = time.monotonic()
@@ -239,14 +243,20 @@ def test_params_are_there_at_once_and_cannot_be_changed(serve: Service, start: S
 def test_an_expired_token_locks_the_plugin_out(serve: Service, start: Start) -> None:
     """A token is renewed when less than 95 s are left, by the store that is made or by a timer of
     30 s; once it has expired it is refused."""
-    service = serve(token_lifetime_s=3.0)
+    clock = ManualClock(time.time())
+    service = serve(token_lifetime_s=90.0, clock=clock)
     code = """
     mlflow.start_run()
     log(1)
-    time.sleep(4)
+    say("logged")
+    hear()
     error_of(lambda: log(1))
     """
-    said = start(service, code).facts()
+    job = start(service, code)
+    job.expect("logged")
+    clock.turn(90.0)
+    job.tell("go on")
+    said = job.facts()
     assert service.count("token") == 1
     assert (said["kind"], said["code"]) == ("RestException", "UNAUTHENTICATED")
     assert "expired" in said["text"]
