@@ -10,13 +10,19 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from flowbuffer.clock import SYSTEM_CLOCK, Clock, Event
 from flowbuffer.credentials import without_credentials
+from flowbuffer.destinations import (
+    Destination,
+    Destinations,
+    TransportFactory,
+    as_logged,
+    nothing,
+    transport_to,
+)
 from flowbuffer.errors import SpoolError
 from flowbuffer.sender import Sender
 from flowbuffer.settings import Settings
@@ -25,7 +31,7 @@ from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import closed_outcome, has_dead_letters, parked_reason
-from flowbuffer.transport import MlflowTransport, Transport, absolute_uri
+from flowbuffer.transport import Transport, absolute_uri
 
 _log = logging.getLogger("flowbuffer")
 
@@ -41,38 +47,6 @@ _TEST_EVERY_S = 0.1
 _STOPGAP_WINDOW_POINTS = 4096
 #: How many connections to servers that nobody uses any more are kept.
 _IDLE_TRANSPORTS = 4
-
-TransportFactory = Callable[[str, Settings, Clock], Transport]
-
-
-class Destination(NamedTuple):
-    """Where the points of a folder go. ``tracking_uri`` may have credentials."""
-
-    tracking_uri: str
-    run_id: str
-
-
-#: Says where a folder's points go; None leaves it alone.
-Destinations = Callable[[ProducerInfo], Destination | None]
-
-
-def transport_to(tracking_uri: str, settings: Settings, clock: Clock) -> Transport:
-    """The transport for a tracking URI."""
-    if tracking_uri.startswith("azureml:"):
-        from flowbuffer.azureml_transport import AzureMLTransport
-
-        return AzureMLTransport(tracking_uri, settings, clock)
-    return MlflowTransport(tracking_uri, settings, clock)
-
-
-def as_logged(info: ProducerInfo) -> Destination | None:
-    """To the run and the server that the producer named, unless it was offline."""
-    return None if info.delivery == OFFLINE else Destination(info.tracking_uri, info.run_id)
-
-
-def nothing(_: ProducerInfo) -> Destination | None:
-    """Nowhere: only folders that are given by :meth:`Collector.add` are delivered."""
-    return None
 
 
 @dataclass(eq=False)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.collector import Collector, Destination, Stream
+from flowbuffer.collector import Collector, Stream
 from flowbuffer.commands.runs import Runs, end_run
 from flowbuffer.commands.servers import Server
 from flowbuffer.credentials import without_credentials
+from flowbuffer.destinations import Destination
 from flowbuffer.errors import FlowbufferError, RejectedError, RunGoneError, TransportError
 from flowbuffer.retry import RetryPolicy
 from flowbuffer.settings import Settings

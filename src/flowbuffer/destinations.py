@@ -1,0 +1,43 @@
+"""Where the points of a producer go: which server, which run, by which transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flowbuffer.clock import Clock
+from flowbuffer.settings import Settings
+from flowbuffer.spool.info import OFFLINE, ProducerInfo
+from flowbuffer.transport import MlflowTransport, Transport
+
+TransportFactory = Callable[[str, Settings, Clock], Transport]
+
+
+class Destination(NamedTuple):
+    """Where the points of a folder go. ``tracking_uri`` may have credentials."""
+
+    tracking_uri: str
+    run_id: str
+
+
+#: Says where a folder's points go; None leaves it alone.
+Destinations = Callable[[ProducerInfo], Destination | None]
+
+
+def transport_to(tracking_uri: str, settings: Settings, clock: Clock) -> Transport:
+    """The transport for a tracking URI."""
+    if tracking_uri.startswith("azureml:"):
+        from flowbuffer.azureml_transport import AzureMLTransport
+
+        return AzureMLTransport(tracking_uri, settings, clock)
+    return MlflowTransport(tracking_uri, settings, clock)
+
+
+def as_logged(info: ProducerInfo) -> Destination | None:
+    """To the run and the server that the producer named, unless it was offline."""
+    return None if info.delivery == OFFLINE else Destination(info.tracking_uri, info.run_id)
+
+
+def nothing(_: ProducerInfo) -> Destination | None:
+    """Nowhere: only folders that are given by :meth:`Collector.add` are delivered."""
+    return None
