@@ -10,29 +10,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.collector import Collector, Stream
+from flowbuffer.collector import Collector
 from flowbuffer.commands.runs import Runs, end_run
 from flowbuffer.commands.servers import Server
+from flowbuffer.commands.targets import Target
 from flowbuffer.credentials import without_credentials
 from flowbuffer.destinations import Destination
 from flowbuffer.errors import FlowbufferError, RejectedError, RunGoneError, TransportError
 from flowbuffer.retry import RetryPolicy
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool, has_producer
-from flowbuffer.spool.files import FileLock, check_private
-from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
-from flowbuffer.spool.layout import FINISHED, SLOT_SIZE, segment_size
+from flowbuffer.spool.files import FileLock
+from flowbuffer.spool.info import OFFLINE, ProducerInfo
+from flowbuffer.spool.layout import FINISHED
 from flowbuffer.spool.states import (
-    Tally,
-    Waiting,
     closed_outcome,
     delivery_note,
-    last_barrier,
     park,
     parked_reason,
-    segment_numbers,
     tally,
-    want,
 )
 from flowbuffer.transport import absolute_uri
 
@@ -77,32 +73,6 @@ class CreatedRun:
 
 
 @dataclass(eq=False)
-class _Target:
-    """A producer's folder on its way.
-
-    ``outcome``: as in ``layout``, noted before delivery deletes it; None if there was nothing to
-    note. ``given_up``: why it is left.
-    """
-
-    folder: Path
-    info: ProducerInfo
-    barrier: tuple[int, int]
-    waiting: Waiting
-    before: Tally
-    outcome: int | None
-    stream: Stream | None = None
-    settled: bool = False
-    given_up: str = ""
-    look_at_s: float = 0.0
-    hurry_at_s: float = 0.0
-    untaken_since_s: float | None = None
-
-    @property
-    def over(self) -> bool:
-        return self.settled or bool(self.given_up)
-
-
-@dataclass(eq=False)
 class _Run:
     """The producers of one run, and where their points go. ``there``: the run id on the server,
     once it is known; None until then."""
@@ -110,7 +80,7 @@ class _Run:
     server: Server
     tracking_uri: str
     run_id: str
-    targets: list[_Target] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
     there: str | None = None
     ended: bool = False
     attempt: int = 0
@@ -174,7 +144,7 @@ class _Sync:
         self._known_uri: str | None = None
         self._runs = Runs(spool.root, experiment)
         self._policy = RetryPolicy(most_s=5.0, unauthorised_s=5.0)
-        self._targets: list[_Target] = []
+        self._targets: list[Target] = []
         self._elsewhere: list[_Run] = []  # runs that may have to be created
         self._places: dict[bytes, Destination] = {}  # by the text of producer.json
         self._left: dict[str, str] = {}
@@ -187,7 +157,9 @@ class _Sync:
         """Take stock of the folders."""
         for folder in self._spool.folders(run_id):
             try:
-                target = self._target(folder)
+                target = Target.of(folder)
+                if target is not None:
+                    self._settings.with_delivery(target.info.settings)  # they are in range
             except (FlowbufferError, OSError) as error:
                 if folder.exists():
                     self._left[folder.parent.name] = f"{folder} is left alone: {error}"
@@ -195,20 +167,6 @@ class _Sync:
             if target is not None and run_id in (None, target.info.run_id):
                 self._targets.append(target)
         self._place()
-
-    def _target(self, folder: Path) -> _Target | None:
-        check_private(folder.parent)
-        check_private(folder)
-        info = read_info(folder)
-        self._settings.with_delivery(info.settings)
-        outcome = closed_outcome(folder) if segment_numbers(folder) else None
-        barrier = last_barrier(folder)
-        before = tally(folder)
-        return (
-            None
-            if before is None
-            else _Target(folder, info, barrier, Waiting(folder, barrier), before, outcome)
-        )
 
     def _place(self) -> None:
         """Decide where each folder goes, as far as that needs no server."""
@@ -323,7 +281,7 @@ class _Sync:
             elif (stream is None or not stream.reader.finished) and now_s >= target.look_at_s:
                 self._check_from_outside(target, now_s, own=stream is not None)
 
-    def _check_from_outside(self, target: _Target, now_s: float, *, own: bool) -> None:
+    def _check_from_outside(self, target: Target, now_s: float, *, own: bool) -> None:
         """See what became of a folder that another process has, or whose producer lives."""
         folder = target.folder
         target.look_at_s = now_s + _LOOK_EVERY_S
@@ -332,7 +290,7 @@ class _Sync:
             return
         if now_s >= target.hurry_at_s:
             target.hurry_at_s = now_s + _HURRY_EVERY_S
-            _want_all(target)
+            target.hurry()
         if own or target.info.to_json() not in self._places:
             return
         if has_producer(folder) or FileLock.is_held(folder / "reader.lock"):
@@ -363,14 +321,14 @@ class _Sync:
     # Telling.
 
     def _counts(self) -> dict[str, int]:
-        pending = sum(map(_pending_now, self._targets))
+        pending = sum(target.pending_now() for target in self._targets)
         total = sum(target.before.pending for target in self._targets)
         return {"delivered": total - pending, "rejected": 0, "pending": pending}
 
     def report(self, seconds: float) -> SyncReport:
         """What became of it."""
         delivered, rejected, pending = map(
-            sum, zip((0, 0, 0), *map(_outcome_of, self._targets), strict=True)
+            sum, zip((0, 0, 0), *(target.what_became() for target in self._targets), strict=True)
         )
         left = dict(self._left)
         for target in self._targets:
@@ -397,7 +355,7 @@ class _Sync:
             seconds=seconds,
         )
 
-    def _why(self, target: _Target) -> str:
+    def _why(self, target: Target) -> str:
         if target.given_up:
             return target.given_up
         for run in self._elsewhere:
@@ -408,42 +366,6 @@ class _Sync:
             return "time was up" if own.sender.failure is None else own.sender.failure.reason
         said = str(delivery_note(target.folder).get("last_error") or "")
         return said or "another process delivers it, and is not done"
-
-
-def _pending_now(target: _Target) -> int:
-    """Cheaply: nothing is read from the disk."""
-    own, before = target.stream, target.before
-    if target.settled or not before.pending:
-        return 0
-    if own is None:
-        return before.pending
-    settled = own.reader.delivered + own.reader.rejected - before.delivered - before.rejected
-    return min(max(before.pending - settled, 0), before.pending)
-
-
-def _outcome_of(target: _Target) -> tuple[int, int, int]:
-    """Of the points that were pending at the start: delivered, rejected, pending."""
-    before = target.before
-    now = tally(target.folder)
-    if now is None:
-        return before.pending, 0, 0
-    pending = 0 if target.settled else min(now.pending, before.pending)
-    settled = before.pending - pending
-    rejected = min(max(now.rejected - before.rejected, 0), settled)
-    delivered = min(max(now.delivered - before.delivered, 0), settled - rejected)
-    return delivered, rejected, pending
-
-
-def _want_all(target: _Target) -> None:
-    last, end = target.barrier
-    for number in segment_numbers(target.folder):
-        path = target.folder / f"{number:08d}.slots"
-        try:
-            slots_end = end if number == last else path.stat().st_size
-            if number <= last and slots_end > segment_size(0):
-                want(path, slots_end - SLOT_SIZE)
-        except OSError:
-            continue  # delivered and deleted meanwhile, or not ours to write to
 
 
 def _goes_on(folder: Path) -> bool:
