@@ -20,6 +20,7 @@ from flowbuffer.spool.directory import Spool
 from support.backends import MlflowServer, client, copy_sqlite, make_run
 from support.jobs import Ended
 from support.stored import models, rows, stored
+from support.waiting import wait_until
 
 #: What MLflow's documentation shows, and no word of flowbuffer.
 SCRIPT = """
@@ -156,8 +157,9 @@ def stock(template_scripts: Scripts, sqlite_template: Path) -> dict[str, Any]:
     return found
 
 
-def is_left(spool: Path) -> bool:
-    return any(spool.glob("*/*"))
+def wait_until_empty(spool: Path) -> None:
+    """Of a folder that is delivered the name is gone at once, and the rest soon."""
+    wait_until(lambda: not any(spool.glob("*/*")))
 
 
 def test_an_unchanged_script_on_sqlite(
@@ -172,7 +174,7 @@ def test_an_unchanged_script_on_sqlite(
         "first": {**stock["first"], "histories": histories_in_order(stock)},
     }
     assert models(sqlite_uri) == {"net": [("of the model", "0.75", 0, "", "")]}
-    assert not is_left(tmp_path / "spool")
+    wait_until_empty(tmp_path / "spool")
 
 
 def histories_in_order(stock: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +264,7 @@ def test_an_unchanged_script_with_a_plugins_scheme(
         assert found[name] == stock[name]
     for part in ("params", "tags", "status", "models", "latest"):
         assert found["first"][part] == stock["first"][part]
-    assert not is_left(tmp_path / "spool")
+    wait_until_empty(tmp_path / "spool")
 
 
 # Where the variable is not set.
@@ -411,7 +413,7 @@ def test_every_end_delivers(scripts: Scripts, sqlite_template: Path, tmp_path: P
         assert found["histories"] == {"loss": [(repr(-float(n)), 0) for n in range(1, 501)]}
         assert (found["params"], found["tags"]) == ({"p": "1"}, {"step": "500"})
         assert found["status"] == run_status, name
-    assert not is_left(tmp_path / "spool")
+    wait_until_empty(tmp_path / "spool")
 
 
 def test_sigkill_loses_nothing(scripts: Scripts, sqlite_uri: str, tmp_path: Path) -> None:
@@ -433,4 +435,4 @@ def test_sigkill_loses_nothing(scripts: Scripts, sqlite_uri: str, tmp_path: Path
     found = stored(sqlite_uri, run_id)
     assert found["histories"] == {"loss": [(repr(-float(step)), 0) for step in range(1, 501)]}
     assert (found["params"], found["tags"]) == ({"p": "1"}, {"step": "500"})
-    assert not is_left(spool)
+    wait_until_empty(spool)
