@@ -18,6 +18,7 @@ from unittest import mock
 import mlflow
 import numpy as np
 import pytest
+import requests
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag
 from mlflow.tracking import fluent
@@ -584,6 +585,24 @@ def test_reads_find_what_was_logged(
     assert rows(sqlite_uri) == (0, 0, 0)
     assert read(run_id) in (1.0, "1")
     assert rows(sqlite_uri) == (1, 1, 1)
+
+
+def test_plain_http_reads_find_what_was_logged(server_sqlite: MlflowServer) -> None:
+    """A plain request for metrics finds everything that this process has logged to that server; one
+    to another server waits for nothing."""
+    mlflow.set_tracking_uri(server_sqlite.uri)
+    run_id = mlflow.start_run().info.run_id
+    asked = {"run_id": run_id, "metric_key": "k"}
+    flowbuffer.enable(linger_s=HELD)
+
+    def read(uri: str) -> list[float]:
+        answer = requests.get(f"{uri}/api/2.0/mlflow/metrics/get-history", asked, timeout=30)
+        return [metric["value"] for metric in answer.json().get("metrics", ())]
+
+    mlflow.log_metric("k", 2.0)
+    mlflow.log_metric("k", 1.0)
+    assert read(server_sqlite.uri.replace("127.0.0.1", "localhost")) == []
+    assert read(server_sqlite.uri) == [2.0, 1.0]
 
 
 def test_reads_of_another_run_wait_for_nothing(run_id: str, sqlite_uri: str) -> None:

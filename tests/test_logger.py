@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -104,6 +107,25 @@ def test_disabled_is_plain_mlflow(
             logger.log_metric("k?", 1.0)
         assert logger.flush().delivered == 5
     assert not (tmp_path / "spool").exists()
+
+
+def test_another_file_in_the_place_of_the_database(sqlite_uri: str, run_id: str) -> None:
+    """What is logged after a SQLite file was replaced goes to the file that is there; one that was
+    deleted is not made anew, and the points wait."""
+    database = Path(sqlite_uri.removeprefix("sqlite:///"))
+    with MetricLogger(run_id) as logger:
+        logger.log_metric("k", 1.0).wait(30)
+        shutil.copyfile(database, "copy.db")
+        Path("copy.db").replace(database)
+        logger.log_metric("k", 2.0).wait(30)
+        with closing(sqlite3.connect(database)) as connection:
+            stored = connection.execute("SELECT value FROM metrics ORDER BY timestamp").fetchall()
+        assert stored == [(1.0,), (2.0,)]
+        database.unlink()
+        logger.log_metric("k", 3.0)
+        assert logger.flush(30).pending == 1
+        assert logger.stats().last_error == f"the database {database} does not exist"
+        assert not database.exists()
 
 
 def test_inline_delivers_in_the_call(sqlite_uri: str, run_id: str) -> None:
