@@ -37,7 +37,12 @@ WAYS = {"stock": {}, "buffered": {"FLOWBUFFER_ENABLED": "1"}}
 LONGEST_S = 300.0
 NOT_INSTALLED = 77  # the exit status of a case whose library is not there
 OWN = {  # of each run by nature: random names, ids, times, and what the working directory says
-    "tags": {"mlflow.runName", "mlflow.parentRunId", "mlflow.log-model.history"},
+    "tags": {
+        "mlflow.runName",
+        "mlflow.parentRunId",
+        "mlflow.log-model.history",
+        "mlflow.source.git.commit",
+    },
     "params": {"logging_dir", "output_dir", "run_name"},
 }
 TIMES = ("_time", "_runtime", "_per_second")  # how the names of metrics that measure time end
