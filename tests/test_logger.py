@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from flowbuffer import (
     Settings,
     SpoolError,
 )
+from flowbuffer.spool import directory
 from support.backends import history, make_run
 
 
@@ -153,6 +155,23 @@ def test_a_closed_logger_refuses(run_id: str) -> None:
     handle.wait(0)
     with pytest.raises(FlowbufferError, match="closed"):
         logger.log_metric("k", 2.0)
+
+
+def test_a_folder_is_deleted_when_close_returns(
+    run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever delivers in this process is not stopped by its end in the middle of a deletion."""
+    delete = directory._delete
+
+    def slowly(folder: Path) -> None:
+        threading.Event().wait(0.2)
+        delete(folder)
+
+    monkeypatch.setattr(directory, "_delete", slowly)
+    logger = MetricLogger(run_id)
+    logger.log_metric("k", 1.0)
+    logger.close()
+    assert list((tmp_path / "spool").glob("*/*")) == []
 
 
 def test_nothing_is_left_on_the_disk(run_id: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -33,6 +34,33 @@ class Clock:
     def wait(self, event: Event, seconds: float | None) -> bool:
         """Wait until ``event`` is set (True) or ``seconds`` have passed (False)."""
         return event.wait(seconds)
+
+    def wait_until(
+        self,
+        over: Callable[[], bool],
+        deadline_s: float | None,
+        meanwhile: Callable[[float], None] = lambda _: None,
+    ) -> bool:
+        """Look again and again whether a wait is over. A look costs CPU time, so a long wait looks
+        seldom: every 1 ms at first, every 0.5 s in the end.
+
+        Args:
+            over: Whether it is.
+            deadline_s: When to give up, as :attr:`monotonic_s` tells; None is never.
+            meanwhile: Called after each look with the seconds that were waited until then.
+
+        Returns:
+            Whether it was over in time.
+        """
+        start_s = self.monotonic_s()
+        while not over():
+            now_s = self.monotonic_s()
+            left_s = math.inf if deadline_s is None else deadline_s - now_s
+            if left_s <= 0:
+                return False
+            meanwhile(now_s - start_s)
+            self.sleep(min(max(0.001, 0.1 * (now_s - start_s)), 0.5, left_s))
+        return True
 
 
 SYSTEM_CLOCK = Clock()

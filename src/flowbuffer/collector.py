@@ -44,6 +44,8 @@ QUIET_S = 2.0
 ADOPT_EVERY_S = 5.0
 #: How often it is tested whether a producer lives, in s.
 _TEST_EVERY_S = 0.1
+#: How long the end of a process may wait for the step that is being done, in s.
+_FINISH_S = 1.0
 _STOPGAP_WINDOW_POINTS = 4096
 #: How many connections to servers that nobody uses any more are kept.
 _IDLE_TRANSPORTS = 4
@@ -203,6 +205,12 @@ class Collector:
                 if folder.exists():  # else it is delivered, and removed by another process
                     self._left.add(folder)
                     _log.warning("%s is left alone: %s", folder, error)
+
+    def finish_step(self) -> None:
+        """Wait, but not for long, until a step that is being done is: a folder that it deletes, by
+        which others know that all is delivered, is gone then."""
+        if self._step_lock.acquire(timeout=_FINISH_S):
+            self._step_lock.release()
 
     def leave(self) -> None:
         """Leave every folder to others, whatever is on its way."""

@@ -102,7 +102,9 @@ class DeliveryHere:
             self._collector.drain()
         self._collector.hurry()
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        if os.getpid() == self._pid:
+            self._collector.finish_step()
 
     def is_idle(self) -> bool:
         return all(stream.stuck for stream in self._collector.streams if stream.adopted)
@@ -127,7 +129,7 @@ class DeliveryByProcess:
         self._folder: Path | None = None
         self._here: Stream | None = None
         self._look_at_s = 0.0
-        self._ready = self._insists = False
+        self._ready = self._insists = self._stood_in = False
         self._unready_at_s = 0.0  # when the collector process was last seen not to be ready
         self._told = False
         self.goes_on = (
@@ -160,6 +162,7 @@ class DeliveryByProcess:
                 self._here = collector.add(self._folder, self._uri)
                 self._insists = had_its_time
         if self._here is not None:
+            self._stood_in = True
             hand_over = self._ready and not self._insists
             self._here.until_s = now_s if hand_over else now_s + _HERE_FOR_S
             collector.start()
@@ -168,6 +171,10 @@ class DeliveryByProcess:
             collector.hurry()
 
     def end(self) -> None:
+        if self._stood_in:
+            from flowbuffer.collector import collector_of
+
+            collector_of(self._settings).finish_step()
         self._launcher.leave(self._tell)
 
     def _tell(self) -> None:

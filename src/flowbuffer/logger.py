@@ -407,21 +407,15 @@ class MetricLogger:
     def _wait(self, until: Callable[[], bool], deadline_s: float | None, *, progress: bool) -> None:
         delivery = self._delivery
         assert delivery is not None
-        start_s = time.monotonic()
         shown = Progress(self._counts)
+
+        def meanwhile(waited_s: float) -> None:
+            delivery.push()
+            if progress:
+                shown.show(waited_s)
+
         try:
-            while not until():
-                now_s = time.monotonic()
-                if deadline_s is not None and now_s >= deadline_s:
-                    break
-                delivery.push()
-                if progress:
-                    shown.show(now_s - start_s)
-                # A look costs CPU time, so a long wait looks seldom.
-                pause_s = min(max(0.001, 0.1 * (now_s - start_s)), 0.5)
-                SYSTEM_CLOCK.sleep(
-                    pause_s if deadline_s is None else min(pause_s, max(deadline_s - now_s, 0))
-                )
+            SYSTEM_CLOCK.wait_until(until, deadline_s, meanwhile)
         finally:
             shown.close()
 

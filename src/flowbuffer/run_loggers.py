@@ -101,7 +101,7 @@ def flush_server(url: str) -> None:
 
 
 def _flush(loggers: list[MetricLogger], timeout_s: float, run_ids: set[str]) -> None:
-    start_s = SYSTEM_CLOCK.monotonic_s()
+    deadline_s = SYSTEM_CLOCK.monotonic_s() + timeout_s
     open_ones = [logger for logger in loggers if not logger.closed]
     own = {logger.folder for logger in open_ones}
     others = [
@@ -111,15 +111,9 @@ def _flush(loggers: list[MetricLogger], timeout_s: float, run_ids: set[str]) -> 
         if folder not in own and parked_reason(folder) is None
     ]
     for logger in open_ones:
-        logger.flush(max(timeout_s - (SYSTEM_CLOCK.monotonic_s() - start_s), 0.0))
-    pause_s = 0.001
-    while any(not waiting.is_over() for waiting in others):
-        left_s = timeout_s - (SYSTEM_CLOCK.monotonic_s() - start_s)
-        if left_s <= 0:
-            _log.warning("after %g s not all that was logged is delivered yet", timeout_s)
-            return
-        SYSTEM_CLOCK.sleep(min(pause_s, left_s))
-        pause_s = min(2 * pause_s, 0.1)
+        logger.flush(max(deadline_s - SYSTEM_CLOCK.monotonic_s(), 0.0))
+    if not SYSTEM_CLOCK.wait_until(lambda: all(one.is_over() for one in others), deadline_s):
+        _log.warning("after %g s not all that was logged is delivered yet", timeout_s)
 
 
 def _new_lock() -> None:
