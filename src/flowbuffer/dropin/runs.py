@@ -79,11 +79,9 @@ class BufferedRun:
         Raises:
             NotBuffered: MLflow may refuse one of them; none was logged.
         """
-        points = [self._checked((*item, step, timestamp)) for item in metrics.items()]
-        if not points:
-            return Handle()
-        values = {key: value for key, value, *_ in points}
-        return self._log(lambda: self.logger._append_many(values, *points[0][2:]))
+        step, timestamp = _checked_when(step, timestamp)
+        values = {self._checked_key(key): _as_float(value) for key, value in metrics.items()}
+        return self._log(lambda: self.logger._append_many(values, step, timestamp))
 
     def log_params(self, params: Mapping[Any, Any]) -> Handle:
         """Parameters; those that the run has already with the same values are passed over.
@@ -145,6 +143,9 @@ class BufferedRun:
 
     def _checked(self, metric: tuple[Any, Any, Any, Any]) -> Point:
         key, value, step, timestamp = metric
+        return self._checked_key(key), _as_float(value), *_checked_when(step, timestamp)
+
+    def _checked_key(self, key: Any) -> Any:
         try:
             if key not in self._keys:
                 if isinstance(key, MetricKey):
@@ -152,13 +153,9 @@ class BufferedRun:
                 else:
                     checked_key(key)
                 self._keys.add(key)
-            if type(value) is not float:
-                value = _as_float(value)
-            if timestamp is not None:
-                timestamp = checked_timestamp(timestamp)
-            return key, value, checked_step(step), timestamp
         except (InvalidPoint, TypeError) as error:
             raise NotBuffered from error
+        return key
 
     def _new_params(self, params: Mapping[Any, Any]) -> dict[str, str]:
         """Those that the run is not known to have."""
@@ -276,7 +273,16 @@ def _has_workspace() -> bool:
     return get_request_workspace() is not None
 
 
+def _checked_when(step: Any, timestamp: Any) -> tuple[int, int | None]:
+    try:
+        return checked_step(step), None if timestamp is None else checked_timestamp(timestamp)
+    except InvalidPoint as error:
+        raise NotBuffered from error
+
+
 def _as_float(value: Any) -> float:
+    if type(value) is float:
+        return value
     from mlflow.exceptions import MlflowException
     from mlflow.tracking.metric_value_conversion_utils import (
         convert_metric_value_to_float_if_possible,
