@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -26,29 +26,21 @@ from flowbuffer.delivery import (
     settings_for,
 )
 from flowbuffer.errors import FlowbufferError
-from flowbuffer.handle import Handle
 from flowbuffer.ledger import Ledger, is_over
+from flowbuffer.logging_calls import LoggingCalls
 from flowbuffer.report import Progress, Report, Stats
 from flowbuffer.settings import Settings, environment_experiment, environment_place
-from flowbuffer.spool.layout import PARAM, TAG
 from flowbuffer.spool.places import sync
-from flowbuffer.spool.points import Number
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import Waiting, parked_reason, want
 
 if TYPE_CHECKING:
-    import numpy.typing
-
     from flowbuffer.passthrough import PassThrough, Silence
 
 _log = logging.getLogger("flowbuffer")
 
-#: What a logger has of its producer, as attributes of its own with a _ before the name, so that no
-#: call that logs looks for more than one.
-_APPENDS = ("append", "append_many", "append_series", "append_texts")
 
-
-class MetricLogger:
+class MetricLogger(LoggingCalls):
     """Logs metrics to one MLflow run, from any thread, at about a microsecond a point.
 
     A point is safe when the call returns: it is in a mapped file, from where it is delivered even
@@ -89,10 +81,6 @@ class MetricLogger:
         self._lenience = Lenience()
         self._delivery: Delivery | None = None
         self._producer: Producer | PassThrough | Silence | None = None
-        self._append: Append
-        self._append_many: Append
-        self._append_series: Append
-        self._append_texts: Append
         self._ledger: Ledger | None = None
         _loggers.add(self)
         self._open()
@@ -120,103 +108,6 @@ class MetricLogger:
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._ended
-
-    # What the training loop calls. The attributes that begin with _append are the producer's
-    # methods; see _use.
-
-    def log_metric(
-        self, key: str, value: Number, step: int | None = None, timestamp: int | None = None
-    ) -> Handle:
-        """Log one point.
-
-        Args:
-            key: As MLflow takes it: letters, digits, spaces and ``_ - . : /``, at most 250.
-            value: Anything with ``__float__``; NaN and infinities are values.
-            step: 64 bits, signed. None is 0, as in MLflow.
-            timestamp: ms since the epoch, from 0. None is the time of the call.
-
-        Raises:
-            InvalidPoint: An argument is none of that (``strict``). Nothing else is affected.
-            SpoolFull: There is no room in the spool (``when_full``).
-        """
-        return Handle(self._append(key, value, step, timestamp))
-
-    def log_metrics(
-        self, metrics: Mapping[str, Number], step: int | None = None, timestamp: int | None = None
-    ) -> Handle:
-        """Log one point per key, all with one step and one time. The arguments are as in
-        :meth:`log_metric`.
-
-        Raises:
-            InvalidPoint: A key or value cannot be logged; the others were.
-            SpoolFull: There is no room in the spool (``when_full``).
-        """
-        return Handle(self._append_many(metrics, step, timestamp))
-
-    def log_series(
-        self,
-        key: str,
-        values: numpy.typing.ArrayLike,
-        steps: numpy.typing.ArrayLike | None = None,
-        timestamps: numpy.typing.ArrayLike | None = None,
-    ) -> Handle:
-        """Log many points of one key.
-
-        Args:
-            key: As in :meth:`log_metric`.
-            values: 1-D, n numbers; n may be 0.
-            steps: 1-D, n whole numbers. None counts from 0.
-            timestamps: 1-D, n times in ms since the epoch. None is the time of the call for all.
-
-        Raises:
-            InvalidPoint: An argument is none of that; nothing of the series was logged.
-            SpoolFull: There is no room in the spool (``when_full``).
-        """
-        return Handle(self._append_series(key, values, steps, timestamps))
-
-    def log_param(self, key: str, value: Any) -> Handle:
-        """Log a parameter. MLflow keeps the first value of each: another one is rejected.
-
-        Args:
-            key: As in :meth:`log_metric`; ``key_template`` is not for parameters.
-            value: Text, or what ``str`` makes of it; at most 6000 characters.
-
-        Raises:
-            InvalidPoint: An argument is none of that. Nothing else is affected.
-            SpoolFull: There is no room in the spool (``when_full``).
-        """
-        return self.log_params({key: value})
-
-    def log_params(self, params: Mapping[str, Any]) -> Handle:
-        """Log parameters, as :meth:`log_param` does.
-
-        Raises:
-            InvalidPoint: A key or value cannot be logged; none of them was.
-            SpoolFull: There is no room in the spool (``when_full``).
-        """
-        return Handle(self._append_texts(PARAM, params))
-
-    def set_tag(self, key: str, value: Any) -> Handle:
-        """Set a tag; the last value of each key stays.
-
-        Args:
-            key: As in :meth:`log_metric`; ``key_template`` is not for tags.
-            value: Text, or what ``str`` makes of it; at most 8000 characters.
-
-        Raises:
-            InvalidPoint: An argument is none of that. Nothing else is affected.
-            SpoolFull: There is no room in the spool (``when_full``).
-        """
-        return self.set_tags({key: value})
-
-    def set_tags(self, tags: Mapping[str, Any]) -> Handle:
-        """Set tags, as :meth:`set_tag` does.
-
-        Raises:
-            InvalidPoint: A key or value cannot be logged; none of them was.
-            SpoolFull: There is no room in the spool (``when_full``).
-        """
-        return Handle(self._append_texts(TAG, tags))
 
     # Waiting, telling, ending.
 
@@ -339,8 +230,7 @@ class MetricLogger:
 
     def _use(self, producer: Producer | PassThrough | Silence) -> None:
         self._producer = producer
-        for name in _APPENDS:
-            setattr(self, f"_{name}", self._wrapped(getattr(producer, name)))
+        self._log_by(lambda name: self._wrapped(getattr(producer, name)))
 
     def _wrapped(self, append: Append) -> Append:
         """The producer's method, with what seldom-used settings add to it."""
@@ -392,8 +282,7 @@ class MetricLogger:
                 producer.directory.lock.release()
             if not again:
                 delivery.end()
-        for name in _APPENDS:
-            setattr(self, f"_{name}", _refuse)
+        self._log_by(lambda _: _refuse)
         report = Report(**self._counts(), seconds=time.monotonic() - start_s)
         if not again:
             job_end.unwatch(self)
@@ -438,15 +327,14 @@ class MetricLogger:
         self._producer = self._delivery = self._ledger = None
         self._lenience = Lenience()
         if not self._ended:
-            for name in _APPENDS:
-                setattr(self, f"_{name}", self._reopening(f"_{name}"))
+            self._log_by(self._reopening)
 
     def _reopening(self, name: str) -> Callable[..., Any]:
         def reopen(*args: Any) -> Any:
             with self._opening:
                 if self._producer is None:
                     self._open()
-            return getattr(self, name)(*args)
+            return getattr(self, f"_{name}")(*args)
 
         return reopen
 
