@@ -19,7 +19,7 @@ from flowbuffer.errors import (
     UnauthorisedError,
 )
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, REJECTED
-from flowbuffer.spool.states import dead_letters, parked_reason, slot_states, want
+from flowbuffer.spool.states import dead_letters, delivery_note, parked_reason, slot_states, want
 from flowbuffer.testing import FakeTransport
 from flowbuffer.transport import Request
 from support.small_spool import RUN, SmallSpool
@@ -173,6 +173,21 @@ def test_too_large_is_split(tmp_path: Path) -> None:
     spool.deliver()
     assert spool.values("k") == [float(value) for value in range(100)]
     assert spool.source.reader.rejected == 0
+
+
+def test_a_parked_folder_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever stops waiting because the folder is parked finds the error that is in the way."""
+    spool = SmallSpool(tmp_path / "spool")
+    found: list[object] = []
+    monkeypatch.setattr(
+        "flowbuffer.sender.park",
+        lambda folder, _: found.append(delivery_note(folder).get("last_error")),
+    )
+    spool.transport.decide = lambda _: RunGoneError("404 no such run")
+    spool.producer.append("k", 1.0)
+    for _ in range(4):
+        spool.sender.step(hurry=True)
+    assert found == ["404 no such run"]
 
 
 def test_a_run_that_is_gone_is_parked(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class InvalidPoint(FlowbufferError, ValueError):
     """A key, value, step or timestamp that cannot be logged. No other point is affected.
 
     Attributes:
-        stored: Where the other points of the same call are (``spool.producer.Places``).
+        stored: Where the other points of the same call are (``spool.places.Places``).
         count: How many points of the call were not logged.
     """
 

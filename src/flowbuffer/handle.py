@@ -19,7 +19,7 @@ class Handle(tuple[Any, ...]):
     ``close()``, and in a forked child. It can be awaited: ``await handle`` is :meth:`wait`.
     """
 
-    # A tuple (see ``spool.producer.Places``): that is the cheapest object to make, and one is made
+    # A tuple (see ``spool.places.Places``): that is the cheapest object to make, and one is made
     # per call.
     __slots__ = ()
 

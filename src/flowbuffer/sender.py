@@ -307,6 +307,7 @@ class Sender:
             )  # fmt: skip
         self.failure = error
         if isinstance(error, RunGoneError):
+            self._note()  # before the folder is parked, so that whoever stops waiting finds it
             self._park(error.reason)
 
     def _park(self, reason: str | None) -> None:
