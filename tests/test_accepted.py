@@ -22,7 +22,7 @@ from flowbuffer.errors import (
     TransportError,
     UnauthorisedError,
 )
-from flowbuffer.settings import collector_environment
+from flowbuffer.handover import collector_environment
 from flowbuffer.spool.layout import COMMITTED, DELIVERED
 from flowbuffer.spool.states import slot_states
 from flowbuffer.testing import FakeTransport, ManualClock

@@ -64,7 +64,10 @@ def test_the_public_names() -> None:
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        (flowbuffer.MetricLogger.__init__, "self run_id tracking_uri settings"),
+        (
+            flowbuffer.MetricLogger.__init__,
+            "self run_id tracking_uri experiment run_name settings changes",
+        ),
         (flowbuffer.MetricLogger.log_metric, "self key value step timestamp"),
         (flowbuffer.MetricLogger.log_metrics, "self metrics step timestamp"),
         (flowbuffer.MetricLogger.log_series, "self key values steps timestamps"),

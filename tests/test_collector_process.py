@@ -14,8 +14,8 @@ from flowbuffer.collector import Collector, is_served
 from flowbuffer.collector_process import Shift
 from flowbuffer.delivery import DeliveryByProcess
 from flowbuffer.errors import RetriableError, RunGoneError, UnauthorisedError
+from flowbuffer.handover import collector_environment
 from flowbuffer.launcher import Launcher
-from flowbuffer.settings import collector_environment
 from flowbuffer.spool.directory import ProducerDirectory, Spool
 from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.info import this_producer

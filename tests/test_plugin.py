@@ -310,6 +310,29 @@ def test_not_set_changes_nothing(scripts: Scripts, sqlite_uri: str) -> None:
         }
 
 
+def test_a_misspelt_switch_is_told(scripts: Scripts, sqlite_uri: str) -> None:
+    """Where MLflow is imported, a variable that was meant to be the switch is told with the right
+    name, and so is a value that is neither yes nor no; settings that are right are no reason for a
+    word."""
+    words = {
+        "FLOWBUFFER_ENABLE": (
+            "1",
+            "FLOWBUFFER_ENABLE is ignored: did you mean FLOWBUFFER_ENABLED?",
+        ),
+        "FLOWBUFFER_ENABLED": ("jein", "allowed are 1, true, yes, on, 0, false, no, off"),
+        "FLOWBUFFER_OFFLINE": ("on", None),
+    }
+    started = {
+        variable: scripts.start("import mlflow", sqlite_uri, **{variable: text})
+        for variable, (text, _) in words.items()
+    }
+    for variable, process in started.items():
+        over, (_, said) = ended(process), words[variable]
+        assert over.status == 0, over.err
+        assert said is None or said in over.err
+        assert ("FLOWBUFFER" in over.err) is (said is not None)
+
+
 FIRST_IMPORTS = {
     "functions": "from mlflow import log_metric",
     "a part of MLflow": "from mlflow.tracking.fluent import log_metric",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import Field, fields
+import copy
+import pickle
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flowbuffer import SettingError, Settings
-from flowbuffer.settings import variable_of
+from flowbuffer.plugin import NO, YES
+from flowbuffer.setting_values import BOOLEANS, variable_of
+from flowbuffer.settings import kinds_of_settings
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -80,19 +86,71 @@ def test_an_unknown_name_is_told() -> None:
 def test_the_readme_lists_every_setting() -> None:
     """Each setting has its line in the README's table: name, default, range, meaning."""
     text = README.read_text()
-    for item in fields(Settings):
-        assert f"| `{item.name}` | `{item.default}` | {allowed(item)} | " in text
-        assert f"| {item.metadata['meaning']} |" in text
+    for name, kind in kinds_of_settings().items():
+        line = f"| `{name}` | `{kind.default}` | {kind.allowed} | {kind.meaning} |"
+        assert line in text
 
 
-def allowed(item: Field[object]) -> str:
-    limits = item.metadata
-    if "choices" in limits:
-        return ", ".join(f"`{choice}`" for choice in limits["choices"])
-    if "flag" in limits:
-        return "`True`, `False`"
-    if item.name in ("spool_dir", "ranks", "key_template"):
-        return {"spool_dir": "a path", "ranks": "`all`, or like `0,4`"}.get(
-            item.name, "with `{key}`"
-        )
-    return f"from {limits['low']}" + ("" if limits["high"] is None else f" to {limits['high']}")
+# What is given, what the environment says, and what is neither.
+
+
+def test_a_keyword_takes_nothing_else_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Settings(linger_s=0.1) has the rest from the environment, the switches that rule flowbuffer
+    out or keep it offline included, and wins over it where both say something."""
+    monkeypatch.setenv("FLOWBUFFER_ENABLED", "0")
+    monkeypatch.setenv("FLOWBUFFER_OFFLINE", "on")
+    monkeypatch.setenv("FLOWBUFFER_SPOOL_DIR", str(tmp_path))
+    monkeypatch.setenv("FLOWBUFFER_LINGER_S", "7")
+    settings = Settings(linger_s=0.1)
+    assert (settings.enabled, settings.offline) == (False, True)
+    assert (settings.spool_dir, settings.linger_s) == (tmp_path, 0.1)
+    assert Settings().linger_s == 7
+    assert Settings(enabled=None, offline=False).enabled is None
+
+
+def test_settings_stay_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made is copied, changed and handed on to other processes as it is, whatever another
+    environment says there."""
+    monkeypatch.setenv("FLOWBUFFER_LINGER_S", "7")
+    made = Settings(strict=False)
+    handed_on = pickle.dumps(made)
+    monkeypatch.setenv("FLOWBUFFER_LINGER_S", "8")
+    monkeypatch.setenv("FLOWBUFFER_STRICT", "1")
+    assert pickle.loads(handed_on) == made == copy.deepcopy(made)
+    assert hash(made) == hash(pickle.loads(handed_on))
+    assert made.with_changes(ranks="0").linger_s == replace(made, ranks="0").linger_s == 7
+    assert Settings.from_env({}) == Settings.from_env({"FLOWBUFFER_LINGER_S": ""})
+    assert Settings.from_env({}).linger_s == 0.5
+    with pytest.raises(SettingError, match=r"lingers is not a setting.*did you mean linger_s"):
+        made.with_changes(lingers=1)
+
+
+def test_yes_and_no_are_the_same_everywhere() -> None:
+    """A switch takes the same words in every setting and where MLflow is imported."""
+    assert {word for word, said in BOOLEANS.items() if said} == set(YES)
+    assert {word for word, said in BOOLEANS.items() if not said} == set(NO)
+    for word, said in BOOLEANS.items():
+        assert Settings.from_env({"FLOWBUFFER_STRICT": f" {word.upper()} "}).strict is said
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("FLOWBUFFER_ENABLE", "did you mean FLOWBUFFER_ENABLED?"),
+        ("FLOWBUFFER_SPOOL", "did you mean FLOWBUFFER_SPOOL_DIR?"),
+        ("FLOWBUFFER_ON", "the settings are FLOWBUFFER_BLOCK_TIMEOUT_S, "),
+    ],
+)
+def test_the_nearest_name_is_told(variable: str, meant: str) -> None:
+    """A variable that is no setting is told with the name that is near; with all if none is."""
+    with pytest.warns(UserWarning, match=re.escape(f"{variable} is ignored: {meant}")):
+        Settings.from_env({variable: "1"})
+
+
+def test_a_number_of_numpy_is_a_number() -> None:
+    """Numbers are numbers, whoever's they are."""
+    settings = Settings(linger_s=np.float32(0.5), max_batch_size=np.int64(10))  # type: ignore[arg-type]
+    assert (settings.linger_s, settings.max_batch_size) == (0.5, 10)
+    assert type(settings.max_batch_size) is int

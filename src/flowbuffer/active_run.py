@@ -6,11 +6,12 @@ import os
 import uuid
 from typing import Any
 
-from flowbuffer.settings import (
+from flowbuffer.environment import (
     environment_experiment,
     environment_run_id,
     environment_tracking_uri,
 )
+from flowbuffer.errors import InvalidPoint
 
 _tracking: Any = None  # mlflow.tracking._tracking_service.utils
 _default_uris: dict[str, str] = {}  # by working directory
@@ -33,13 +34,37 @@ def current_uri() -> str:
     return _default_uris[here]
 
 
-def find_run(run_id: str | None, tracking_uri: str | None, *, start: bool) -> tuple[str, bool]:
+def run_id_of(run: object) -> str | None:
+    """The id of what was given as a run: its id, MLflow's ``Run``, or None.
+
+    Raises:
+        InvalidPoint: It is none of these.
+    """
+    run_id = getattr(getattr(run, "info", None), "run_id", run)
+    if run_id is None or (isinstance(run_id, str) and run_id):
+        return run_id
+    raise InvalidPoint(
+        f"the run {run!r:.80} is a {type(run).__name__}; it must be a run's id (a str) or an "
+        "mlflow.entities.Run"
+    )
+
+
+def find_run(
+    run_id: str | None,
+    tracking_uri: str | None,
+    *,
+    start: bool,
+    experiment: str | None = None,
+    name: str | None = None,
+) -> tuple[str, bool]:
     """The run to log to, and whether it was started here.
 
     Args:
         run_id: The one that was asked for.
         tracking_uri: Where a run is started.
         start: Start one if there is none; else it gets an id that no server knows.
+        experiment: The name of the experiment of a run that is started.
+        name: The name of a run that is started.
     """
     import mlflow
 
@@ -53,14 +78,31 @@ def find_run(run_id: str | None, tracking_uri: str | None, *, start: bool) -> tu
         return named, False
     if not start:
         return uuid.uuid4().hex, False
-    if tracking_uri is None:
-        return mlflow.start_run().info.run_id, True
     client = mlflow.MlflowClient(tracking_uri)
-    experiment_id, name = environment_experiment()
-    if experiment_id is None and name is not None:
-        found = client.get_experiment_by_name(name)
-        experiment_id = client.create_experiment(name) if found is None else found.experiment_id
-    return client.create_run(experiment_id or "0").info.run_id, True
+    experiment_id = None if experiment is None else experiment_of(client, experiment)
+    if tracking_uri is None:
+        run = mlflow.start_run(experiment_id=experiment_id, run_name=name)
+        return run.info.run_id, True
+    if experiment_id is None:
+        experiment_id, experiment = environment_experiment()
+        if experiment_id is None and experiment is not None:
+            experiment_id = experiment_of(client, experiment)
+    return client.create_run(experiment_id or "0", run_name=name).info.run_id, True
+
+
+def experiment_of(client: Any, name: str) -> str:
+    """The id of the experiment of that name, created if need be."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another job was faster
+            if found is None:
+                raise
+    return str(found.experiment_id)
 
 
 def end_run(run_id: str, tracking_uri: str, status: str) -> None:

@@ -20,8 +20,9 @@ from flowbuffer.collector import Collector, is_served
 from flowbuffer.credentials import redacted
 from flowbuffer.delivery_client import warm_up
 from flowbuffer.errors import FlowbufferError, UnauthorisedError
+from flowbuffer.handover import handed_on_ms, handed_on_uri
 from flowbuffer.launcher import WAKE_SIGNAL, collector_lock
-from flowbuffer.settings import Settings, handed_on_ms, handed_on_uri
+from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.info import read_info

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote, urlsplit
 
-from flowbuffer.settings import environment_secrets
+from flowbuffer.environment import environment_secrets
 
 #: User and password before the host (RFC 3986, 3.2.1).
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")

@@ -14,7 +14,7 @@ from typing import Any
 
 from flowbuffer.azureml_client import never_prompt, use_single_requests
 from flowbuffer.credentials import hide
-from flowbuffer.settings import handed_on_uri
+from flowbuffer.handover import handed_on_uri
 from flowbuffer.single_requests import SingleRequests
 
 

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.settings import START_COLLECTOR, Settings, collector_environment
+from flowbuffer.handover import START_COLLECTOR, collector_environment
+from flowbuffer.settings import Settings
 from flowbuffer.spool.files import FileLock, open_file, read_file
 
 _log = logging.getLogger("flowbuffer")

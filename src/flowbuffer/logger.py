@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flowbuffer import job_end
-from flowbuffer.active_run import end_run, find_run
+from flowbuffer.active_run import end_run, find_run, run_id_of
 from flowbuffer.appends import Append, Lenience, then
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.delivery import (
@@ -25,16 +25,19 @@ from flowbuffer.delivery import (
     last_error,
     settings_for,
 )
+from flowbuffer.environment import environment_experiment, environment_place
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.ledger import Ledger, is_over
 from flowbuffer.logging_calls import LoggingCalls
 from flowbuffer.report import Progress, Report, Stats
-from flowbuffer.settings import Settings, environment_experiment, environment_place
+from flowbuffer.settings import Settings, settings_with
 from flowbuffer.spool.places import sync
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import Waiting, parked_reason, want
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from flowbuffer.passthrough import PassThrough, Silence
 
 _log = logging.getLogger("flowbuffer")
@@ -47,10 +50,13 @@ class MetricLogger(LoggingCalls):
     if this process is killed. Nothing that the server does raises in the calls that log.
 
     Args:
-        run_id: The run. None means MLflow's active run, else ``MLFLOW_RUN_ID``, else a run is
-            started, and ended by :meth:`close`.
+        run_id: The run, or its id. None means MLflow's active run, else ``MLFLOW_RUN_ID``, else a
+            run is started, and ended by :meth:`close`.
         tracking_uri: As MLflow takes it. None means MLflow's current one.
-        settings: None means :meth:`Settings.from_env`.
+        experiment: The name of the experiment of a run that is started. None means MLflow's.
+        run_name: The name of a run that is started. None means that MLflow finds one.
+        settings: None means ``Settings()``.
+        changes: Settings by name, like ``linger_s=0.1``; they win over ``settings``.
 
     Attributes:
         closes_with_run: Close it when the run is marked ended; else it is only flushed then.
@@ -62,20 +68,25 @@ class MetricLogger(LoggingCalls):
 
     def __init__(
         self,
-        run_id: str | None = None,
+        run_id: str | Run | None = None,
         *,
         tracking_uri: str | None = None,
+        experiment: str | None = None,
+        run_name: str | None = None,
         settings: Settings | None = None,
+        **changes: Any,
     ) -> None:
         import mlflow
 
         self.closes_with_run = False
         self._uri = tracking_uri or mlflow.get_tracking_uri()
-        self._settings = settings_for(self._uri, settings or Settings.from_env())
+        self._settings = settings_for(self._uri, settings_with(settings, changes))
         self._place = environment_place()
         self._logs = self._settings.logs(self._place.rank)
         start = starts_runs(self._settings)
-        self._run_id, self._owns_run = find_run(run_id, tracking_uri, start=start)
+        self._run_id, self._owns_run = find_run(
+            run_id_of(run_id), tracking_uri, start=start, experiment=experiment, name=run_name
+        )
         self._ended = False
         self._opening = threading.RLock()
         self._lenience = Lenience()

@@ -1,6 +1,7 @@
 """What MLflow loads when it is imported: its entry point for tracking stores.
 
-It asks one variable. Where that is not set, nothing of flowbuffer is imported and nothing changes.
+It asks one variable. Where that is not set nothing changes, and nothing of flowbuffer is imported
+unless another variable looks as if it had been meant to be the one.
 """
 
 from __future__ import annotations
@@ -53,10 +54,28 @@ class _EnableAfter:
         return spec
 
 
-_said = os.environ.get("FLOWBUFFER_ENABLED", "").lower()
-if _said not in ("", "0", "false", "no", "1", "true", "yes"):
+def _warn_of_misspelt() -> None:
+    """Where the switch is not set, see whether a variable that says yes was meant to be it."""
+    for name, text in os.environ.items():
+        if name.startswith("FLOWBUFFER_") and text.strip().lower() in YES:
+            from flowbuffer.environment import said_of_settings
+            from flowbuffer.settings import kinds_of_settings
+
+            said_of_settings(kinds_of_settings(), {name: text})  # warns of what is no setting
+
+
+#: What says yes and what says no, as in every setting (``setting_values.BOOLEANS``): that module is
+#: not imported where nothing is switched on.
+YES = ("1", "true", "yes", "on")
+NO = ("0", "false", "no", "off")
+
+_said = os.environ.get("FLOWBUFFER_ENABLED", "").strip().lower()
+if _said in YES:
+    sys.meta_path.insert(0, _EnableAfter("mlflow.tracking.fluent"))
+elif not _said:
+    _warn_of_misspelt()
+elif _said not in NO:
     from warnings import warn
 
-    warn(f"FLOWBUFFER_ENABLED={_said!r}: allowed are 0, 1; nothing is buffered", stacklevel=2)
-if _said in ("1", "true", "yes"):
-    sys.meta_path.insert(0, _EnableAfter("mlflow.tracking.fluent"))
+    allowed = ", ".join(YES + NO)
+    warn(f"FLOWBUFFER_ENABLED={_said!r}: allowed are {allowed}; nothing is buffered", stacklevel=2)

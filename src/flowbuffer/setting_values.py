@@ -1,46 +1,206 @@
-"""What a setting can be: how one is declared, read from text, and checked."""
+"""What a setting can be: a class for each kind, which reads it from text and checks it."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import field
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from flowbuffer.errors import SettingError
 
 ENVIRONMENT_PREFIX = "FLOWBUFFER_"
 
-_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+#: What counts as yes and as no in a variable, in any case of the letters.
+BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
+    ("0", "false", "no", "off"), False
+)
 
 
-def number(
-    default: Any, meaning: str, *, low: float | None = None, high: float | None = None
-) -> Any:
-    """A setting from ``low`` to ``high``: whole, unless its default is a float."""
-    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
+class Kind(ABC):
+    """A kind of setting. An object of it stands where the setting's default is, so that a value
+    that was not given is known from one that was.
+
+    Args:
+        default: The value if neither a keyword nor the environment says one.
+        meaning: One sentence for the table of settings.
+
+    Attributes:
+        name: Of the setting.
+    """
+
+    name = ""
+
+    def __init__(self, default: Any, meaning: str) -> None:
+        self.default = default
+        self.meaning = meaning
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<{self.variable}, else {self.default!r}>"
+
+    @property
+    def variable(self) -> str:
+        """The environment variable of the setting."""
+        return variable_of(self.name)
+
+    @property
+    @abstractmethod
+    def allowed(self) -> str:
+        """What may be given, as the table of settings says it."""
+
+    def of(self, text: str | None) -> Any:
+        """The text of the variable as the setting's type; the default if there is none.
+
+        Raises:
+            SettingError: It cannot be that.
+        """
+        if text is None:
+            return self.default
+        try:
+            return self._parse(text)
+        except ValueError as error:
+            raise SettingError(f"{self.variable}={text!r}: {error}") from None
+
+    def checked(self, value: Any) -> Any:
+        """``value`` as the setting's type.
+
+        Raises:
+            SettingError: It is not allowed; the message says what is.
+        """
+        if value is None and self.default is None:
+            return None
+        try:
+            return self._check(value)
+        except ValueError as error:
+            raise SettingError(f"{self.name} ({self.variable}) = {value!r}: {error}") from None
+
+    def _parse(self, text: str) -> Any:
+        return text
+
+    @abstractmethod
+    def _check(self, value: Any) -> Any:
+        """``value`` as it is kept, or ValueError with what would be right."""
 
 
-def path(default: Path | None, meaning: str) -> Any:
-    """A setting that is a path, given as text, too."""
-    return field(default=default, metadata={"meaning": meaning, "path": True})
+class Flag(Kind):
+    """True or False; None, too, if that is its default."""
+
+    @property
+    def allowed(self) -> str:
+        return "`True`, `False`"
+
+    def _parse(self, text: str) -> bool:
+        said = BOOLEANS.get(text.strip().lower())
+        if said is None:
+            raise ValueError(f"allowed are {listed(BOOLEANS)}")
+        return said
+
+    def _check(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError("allowed are True and False")
+        return value
 
 
-def choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
-    """A setting that is one of a few words."""
-    return field(default=default, metadata={"meaning": meaning, "choices": choices})
+class Choice(Kind):
+    """One of a few words."""
+
+    def __init__(self, default: str, choices: tuple[str, ...], meaning: str) -> None:
+        super().__init__(default, meaning)
+        self.choices = choices
+
+    @property
+    def allowed(self) -> str:
+        return ", ".join(f"`{choice}`" for choice in self.choices)
+
+    def _check(self, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.choices:
+            raise ValueError(f"allowed are {listed(self.choices)}")
+        return value
 
 
-def flag(default: bool | None, meaning: str) -> Any:
-    """A setting that is True or False; None, too, if that is its default."""
-    return field(default=default, metadata={"meaning": meaning, "flag": True})
+class Number(Kind):
+    """A number from ``low`` to ``high``: whole, unless its default is a float."""
+
+    def __init__(
+        self, default: float | None, meaning: str, *, low: float, high: float | None = None
+    ) -> None:
+        super().__init__(default, meaning)
+        self.low = low
+        self.high = high
+        self.whole = not isinstance(default, float)
+
+    @property
+    def allowed(self) -> str:
+        return f"from {self.low}" + ("" if self.high is None else f" to {self.high}")
+
+    def _parse(self, text: str) -> float:
+        try:
+            return int(text) if self.whole else float(text)
+        except ValueError:
+            raise ValueError(f"it must be a {'whole ' if self.whole else ''}number") from None
+
+    def _check(self, value: Any) -> float:
+        if not _is_number(value):
+            raise ValueError("it must be a number")
+        if not math.isfinite(value):
+            raise ValueError("it must be finite")
+        if self.whole and value != int(value):
+            raise ValueError("it must be a whole number")
+        if value < self.low or (self.high is not None and value > self.high):
+            above = "" if self.high is None else f" and at most {self.high}"
+            raise ValueError(f"it must be at least {self.low}{above}")
+        return int(value) if self.whole else float(value)
 
 
-def text(default: str, meaning: str) -> Any:
-    """A setting that is any text."""
-    return field(default=default, metadata={"meaning": meaning})
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+class Text(Kind):
+    """Any text; what it must be like is said by whoever uses it."""
+
+    def __init__(self, default: str, meaning: str, *, allowed: str) -> None:
+        super().__init__(default, meaning)
+        self._allowed = allowed
+
+    @property
+    def allowed(self) -> str:
+        return self._allowed
+
+    def _check(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError("it must be a str")
+        return value
+
+
+class PathSetting(Kind):
+    """A path. It may be given as text, and is a ``Path`` when it is read: it is a descriptor, from
+    which type checkers know both."""
+
+    @property
+    def allowed(self) -> str:
+        return "a path"
+
+    @overload
+    def __get__(self, settings: None, owner: type) -> PathSetting: ...
+    @overload
+    def __get__(self, settings: object, owner: type) -> Path | None: ...
+    def __get__(self, settings: object | None, owner: type) -> Any:
+        return self if settings is None else vars(settings)[self.name]
+
+    def __set__(self, settings: object, value: str | os.PathLike[str] | None) -> None:
+        vars(settings)[self.name] = value
+
+    def _check(self, value: Any) -> Path:
+        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+            raise ValueError("it must be a path")
+        return Path(value)
 
 
 def variable_of(setting: str) -> str:
@@ -48,71 +208,20 @@ def variable_of(setting: str) -> str:
     return ENVIRONMENT_PREFIX + setting.upper()
 
 
-def parsed(variable: str, annotation: str, text: str) -> Any:
-    """The text of a variable as the setting's type.
-
-    Raises:
-        SettingError: It cannot be that.
-    """
-    parse: Callable[[str], Any]
-    if annotation.startswith("bool"):
-        if text.lower() not in _BOOLEANS:
-            raise SettingError(f"{variable}={text!r}: allowed are {listed(_BOOLEANS)}")
-        return _BOOLEANS[text.lower()]
-    if annotation.startswith("int"):
-        parse, kind = int, "a whole number"
-    elif annotation.startswith("float"):
-        parse, kind = float, "a number"
-    else:
-        return text
-    try:
-        return parse(text)
-    except ValueError:
-        raise SettingError(f"{variable}={text!r}: it must be {kind}") from None
-
-
-def checked(name: str, metadata: Mapping[str, Any], default: Any, value: Any) -> Any:
-    """``value`` as the setting's type.
-
-    Raises:
-        SettingError: It is not allowed; the message says what is.
-    """
-    said = f"{name} ({variable_of(name)}) = {value!r}"
-    if value is None and default is None:
-        return None
-    if "choices" in metadata:
-        if value not in metadata["choices"]:
-            raise SettingError(f"{said}: allowed are {listed(metadata['choices'])}")
-        return value
-    if "flag" in metadata:
-        if not isinstance(value, bool):
-            raise SettingError(f"{said}: allowed are True and False")
-        return value
-    if "path" in metadata:
-        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-            raise SettingError(f"{said}: it must be a path")
-        return Path(value)
-    if isinstance(default, str):
-        if not isinstance(value, str):
-            raise SettingError(f"{said}: it must be a str")
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SettingError(f"{said}: it must be a number")
-    if not math.isfinite(value):
-        raise SettingError(f"{said}: it must be finite")
-    if not isinstance(default, float):
-        if value != int(value):
-            raise SettingError(f"{said}: it must be a whole number")
-        value = int(value)
-    else:
-        value = float(value)
-    low, high = metadata["low"], metadata["high"]
-    if not (low is None or value >= low) or not (high is None or value <= high):
-        above = "" if high is None else f" and at most {high}"
-        raise SettingError(f"{said}: it must be at least {low}{above}")
-    return value
-
-
-def listed(names: Any) -> str:
+def listed(names: Iterable[Any]) -> str:
     """Names in a sentence."""
     return ", ".join(sorted(map(str, names)))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What ``name`` may have been meant to be, as the end of a sentence that says that it is
+    unknown: one name if one is near, else all. A variable is answered with variables."""
+    from difflib import get_close_matches
+
+    prefix = ENVIRONMENT_PREFIX if name.startswith(ENVIRONMENT_PREFIX) else ""
+    spell = str.upper if prefix else str
+    known = [spell(one) for one in names]
+    near = get_close_matches(name.removeprefix(prefix), known, 1, 0.7)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    return f"the settings are {listed(prefix + one for one in known)}"

@@ -1,4 +1,4 @@
-"""Every setting, and the only place that reads the environment.
+"""Every setting.
 
 A setting has one name in both forms (``linger_s`` and ``FLOWBUFFER_LINGER_S``), a default, a
 checked range and one line of explanation. Seconds are floats whose names end in ``_s``; sizes are
@@ -7,51 +7,38 @@ integers whose names end in ``_bytes``.
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from flowbuffer.environment import Place, said_of_settings
 from flowbuffer.errors import SettingError
 from flowbuffer.setting_values import (
-    ENVIRONMENT_PREFIX,
-    checked,
-    choice,
-    flag,
-    listed,
-    number,
-    parsed,
-    path,
-    text,
+    Choice,
+    Flag,
+    Kind,
+    Number,
+    PathSetting,
+    Text,
+    nearest,
     variable_of,
 )
 
 #: What whoever delivers goes by; the rest is the producer's business.
 _OF_DELIVERY = ("linger_s", "max_batch_size", "max_in_flight", "request_timeout_s")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """The place of this process in a distributed job; None outside one.
-
-    Attributes:
-        rank: Among all processes, from 0.
-        local_rank: Among those of this machine, from 0.
-        world_size: How many processes there are.
-    """
-
-    rank: int | None = None
-    local_rank: int | None = None
-    world_size: int | None = None
+# What stands in a field until a value is there, for type checkers a value.
+flag: Any = Flag
+choice: Any = Choice
+number: Any = Number
+text: Any = Text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How flowbuffer works. Immutable; every value is checked when it is made.
+    """How flowbuffer works: what is given here, else what ``FLOWBUFFER_*`` variables say, else the
+    defaults. Immutable; every value is checked when it is made, and stays what it was then.
 
     Raises:
         SettingError: A value is of the wrong kind or out of range.
@@ -72,7 +59,7 @@ class Settings:
     offline: bool = flag(
         False, "True: only spool; `flowbuffer sync` delivers later, on any machine."
     )
-    spool_dir: Path | None = path(
+    spool_dir: PathSetting = PathSetting(
         None,
         "Where points wait for delivery: a local disk or tmpfs. "
         "Default: `flowbuffer` in the platform's state directory of the user.",
@@ -137,11 +124,13 @@ class Settings:
         "all",
         "Which processes of a distributed job log: `all`, or ranks like `0` or `0,4`. In the "
         "others every call returns at once.",
+        allowed="`all`, or like `0,4`",
     )
     key_template: str = text(
         "{key}",
         "The key under which a point is stored, of `{key}`, `{rank}`, `{local_rank}` and "
         "`{world_size}`, like `{key}/rank{rank}`.",
+        allowed="with `{key}`",
     )
     strict: bool = flag(
         True,
@@ -150,48 +139,41 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = checked(item.name, item.metadata, item.default, getattr(self, item.name))
-            object.__setattr__(self, item.name, value)
+        kinds = kinds_of_settings()
+        unsaid = {name for name, kind in kinds.items() if getattr(self, name) is kind}
+        said = said_of_settings(kinds.keys()) if unsaid else {}
+        for name, kind in kinds.items():
+            value = kind.of(said.get(name)) if name in unsaid else getattr(self, name)
+            object.__setattr__(self, name, kind.checked(value))
         self.logs(0)
         self.stored_key("a key", Place())
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
-        """Settings from keywords, else from ``FLOWBUFFER_*`` variables, else the defaults.
+    def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> Settings:
+        """As ``Settings(**settings)``, with other variables in the place of this process's.
 
         Args:
-            environ: The variables to read; the process's own by default. An empty value counts
-                as unset.
-            overrides: Settings that win over the environment.
+            environ: The variables; the process's own by default. An empty value counts as unset.
+            settings: What wins over them.
 
         Raises:
-            SettingError: A value is out of range, or a keyword is not a setting. A variable
-                that is not one is warned of: it may be of another version.
+            SettingError: A value is out of range, or a keyword is not a setting.
         """
-        environ = os.environ if environ is None else environ
-        names = {item.name: item for item in fields(cls)}
-        values: dict[str, Any] = {}
-        for variable, said in environ.items():
-            if not variable.startswith(ENVIRONMENT_PREFIX) or not said:
-                continue
-            name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-            if name not in names:
-                known = listed(variable_of(setting) for setting in names)
-                warnings.warn(f"{variable} is ignored: the settings are {known}", stacklevel=2)
-                continue
-            values[name] = parsed(variable, str(names[name].type), said)
-        unknown = overrides.keys() - names.keys()
-        if unknown:
-            raise SettingError(
-                f"{listed(unknown)} is not a setting of flowbuffer; "
-                f"the settings are {listed(names)}"
-            )
-        values.update(overrides)
-        return cls(**values)
+        kinds = kinds_of_settings()
+        _refuse_unknown(settings)
+        if environ is not None:
+            said = said_of_settings(kinds.keys(), environ)
+            unsaid = kinds.keys() - settings.keys()
+            settings |= {name: kinds[name].of(said.get(name)) for name in unsaid}
+        return cls(**settings)
 
     def with_changes(self, **changes: Any) -> Settings:
-        """A copy in which the named settings are other."""
+        """A copy in which the named settings are other.
+
+        Raises:
+            SettingError: A value is out of range, or a keyword is not a setting.
+        """
+        _refuse_unknown(changes)
         return replace(self, **changes)
 
     def logs(self, rank: int | None) -> bool:
@@ -227,6 +209,11 @@ class Settings:
                 f"have {{key}}, and may have {{rank}}, {{local_rank}}, {{world_size}} ({error!r})"
             ) from None
 
+    def variables(self) -> dict[str, str | None]:
+        """The variables that say the same; None where a variable must not be set."""
+        values = {variable_of(name): getattr(self, name) for name in kinds_of_settings()}
+        return {name: None if value is None else str(value) for name, value in values.items()}
+
     def of_delivery(self) -> dict[str, Any]:
         """What whoever delivers this process's points goes by, as JSON takes it."""
         return {name: getattr(self, name) for name in _OF_DELIVERY}
@@ -248,128 +235,29 @@ class Settings:
         return Path(platformdirs.user_state_dir("flowbuffer", appauthor=False))
 
 
-def environment_run_id() -> str | None:
-    """The run that ``MLFLOW_RUN_ID`` names, as a job scheduler sets it."""
-    return os.environ.get("MLFLOW_RUN_ID") or None
+def kinds_of_settings() -> dict[str, Kind]:
+    """Every setting, by its name."""
+    return {name: kind for name, kind in vars(Settings).items() if isinstance(kind, Kind)}
 
 
-def environment_tracking_uri() -> str | None:
-    """What ``MLFLOW_TRACKING_URI`` says."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or None
+def _refuse_unknown(names: Iterable[str]) -> None:
+    kinds = kinds_of_settings()
+    for name in names:
+        if name not in kinds:
+            raise SettingError(f"{name} is not a setting of flowbuffer: {nearest(name, kinds)}")
 
 
-# os.environ turns text to bytes at every look, and for a variable that is not there raises and
-# catches KeyError: 0.8 us, for a look at each call. What is under it is a plain dict.
-_ENVIRON: Any = getattr(os.environ, "_data", os.environ)
-_ASYNC_LOGGING = "MLFLOW_ENABLE_ASYNC_LOGGING"
-_ASYNC_LOGGING_KEY = os.environ.encodekey(_ASYNC_LOGGING) if _ENVIRON is not os.environ else ""
+def settings_with(settings: object, changes: Mapping[str, Any]) -> Settings:
+    """The settings of who was given ``settings``, or None for the environment's, and keywords.
 
-
-def says_async_logging() -> bool:
-    """Whether ``MLFLOW_ENABLE_ASYNC_LOGGING`` says anything, be it yes or no."""
-    return (_ASYNC_LOGGING_KEY or _ASYNC_LOGGING) in _ENVIRON
-
-
-def environment_experiment() -> tuple[str | None, str | None]:
-    """What ``MLFLOW_EXPERIMENT_ID`` and ``MLFLOW_EXPERIMENT_NAME`` say."""
-    environ = os.environ
-    return environ.get("MLFLOW_EXPERIMENT_ID") or None, environ.get(
-        "MLFLOW_EXPERIMENT_NAME"
-    ) or None
-
-
-#: (rank, local rank, world size) of torchrun and Ray Train, Open MPI, MPICH and Slurm, as their
-#: documentation names the variables.
-_PLACES = (
-    ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
-)
-
-
-def environment_place() -> Place:
-    """The place of this process in a distributed job, from what started it."""
-
-    def whole(variable: str) -> int | None:
-        said = os.environ.get(variable, "")
-        return int(said) if said.isdecimal() else None
-
-    for rank, local_rank, world_size in _PLACES:
-        if whole(rank) is not None:
-            return Place(
-                rank=whole(rank), local_rank=whole(local_rank), world_size=whole(world_size)
-            )
-    return Place()
-
-
-def environment_secrets() -> set[str]:
-    """The values of the variables whose names say that they are secret."""
-    return {value for name, value in os.environ.items() if _SECRET.search(name)}
-
-
-_SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|(?:API|ACCESS|ACCOUNT|STORAGE|PRIVATE)_KEY$", re.I)
-
-#: MLflow's own retries, batching and recording would multiply ours; in the collector they are off.
-_QUIET_MLFLOW = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-    "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "",
-    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_RUN_ID": "",
-}
-#: The libraries under NumPy would start a thread per core.
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-#: How a tracking URI with credentials comes to a collector process: by its environment, which no
-#: other user can read, and never by the disk.
-_HANDED_ON = "_FLOWBUFFER_TRACKING_URI"
-_SINCE = "_FLOWBUFFER_SINCE_MS"
-
-
-#: What the interpreter of a collector process runs. Modules are looked for where this process looks
-#: for them, but last of all: what lies beside a job is not meant for the collector.
-START_COLLECTOR = (
-    "import os, sys; sys.path += os.environ['_FLOWBUFFER_PATH'].split(os.pathsep); "
-    "from flowbuffer.collector_process import main; main()"
-)
-
-
-def collector_environment(
-    settings: Settings, tracking_uri: str, since_ms: int, job: tuple[str, str] | None = None
-) -> dict[str, str]:
-    """The environment of a collector process: this one's, with its credentials, and the settings.
-
-    Args:
-        settings: What the collector goes by where a producer says nothing.
-        tracking_uri: Of the producer that starts it, with its credentials.
-        since_ms: When this process began to log, in ms since the epoch.
-        job: The run and the present token of the job on Azure ML that this process is part of.
+    Raises:
+        SettingError: They are none, or a keyword is no setting.
     """
-    environment = {**os.environ, **_QUIET_MLFLOW, **_ONE_THREAD}
-    environment |= {_HANDED_ON: tracking_uri, _SINCE: str(since_ms)}
-    environment["_FLOWBUFFER_PATH"] = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
-    environment = {name: value for name, value in environment.items() if value}
-    for item in fields(settings):
-        value = getattr(settings, item.name)
-        environment.pop(variable_of(item.name), None)
-        if value is not None:
-            environment[variable_of(item.name)] = str(value)
-    environment.pop(variable_of("enabled"), None)  # there are no calls to be buffered
-    if tracking_uri.startswith("azureml:"):
-        # What its plugin must find to act as the job.
-        run_id, token = job or (os.environ.get("AZUREML_RUN_ID"), None)
-        named = {"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_TOKEN": token}
-        environment |= {name: value for name, value in named.items() if value}
-        environment["MLFLOW_TRACKING_URI"] = tracking_uri
-    return {**environment, "PYTHONSAFEPATH": "1"}
-
-
-def handed_on_uri() -> str | None:
-    """In a collector process: the tracking URI of the producer that started it."""
-    return os.environ.get(_HANDED_ON) or None
-
-
-def handed_on_ms() -> int:
-    """In a collector process: since when what started it logs, in ms since the epoch."""
-    return int(os.environ.get(_SINCE) or 0)
+    if settings is None:
+        return Settings.from_env(None, **changes)
+    if not isinstance(settings, Settings):
+        raise SettingError(
+            f"settings is {settings!r:.80}, a {type(settings).__name__}; it must be a Settings, "
+            "as in settings=flowbuffer.Settings(linger_s=0.1)"
+        )
+    return settings.with_changes(**changes)

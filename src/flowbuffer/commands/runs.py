@@ -14,8 +14,8 @@ from typing import Any
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.commands.servers import Server
+from flowbuffer.environment import environment_experiment
 from flowbuffer.errors import RejectedError, RunGoneError
-from flowbuffer.settings import environment_experiment
 from flowbuffer.spool.files import FileLock, read_file, write_file
 from flowbuffer.spool.info import ProducerInfo
 

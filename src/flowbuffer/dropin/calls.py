@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from flowbuffer.dropin.modes import Mode
+from flowbuffer.environment import environment_place
 from flowbuffer.run_loggers import run_settings
-from flowbuffer.settings import environment_place
 
 Original = Callable[..., Any]
 

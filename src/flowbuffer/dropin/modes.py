@@ -9,8 +9,8 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Any
 
+from flowbuffer.environment import says_async_logging
 from flowbuffer.handle import Handle
-from flowbuffer.settings import says_async_logging
 
 
 class _Absent:

@@ -22,9 +22,11 @@ except ImportError:
             f"pip install 'flowbuffer[lightning]' ({error})"
         ) from error
 
+from flowbuffer.active_run import experiment_of
+from flowbuffer.environment import environment_run_id
 from flowbuffer.integrations.loggable import Loggable
 from flowbuffer.logger import MetricLogger, starts_runs
-from flowbuffer.settings import Settings, environment_run_id
+from flowbuffer.settings import Settings, settings_with
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,7 +55,7 @@ class FlowbufferLogger(Logger):
         prefix: Put before every metric's key, with a ``-`` between them; empty puts nothing.
         run_id: Go on with this run. None means the one that ``MLFLOW_RUN_ID`` names, which
             :meth:`finalize` leaves open, else a new one.
-        settings: None means :meth:`Settings.from_env`.
+        settings: None means ``Settings()``.
     """
 
     def __init__(
@@ -190,7 +192,7 @@ class FlowbufferLogger(Logger):
     def _open(self) -> MetricLogger:
         import mlflow
 
-        settings = Settings.from_env() if self._settings is None else self._settings
+        settings = settings_with(self._settings, {})
         self._tracking_uri = self._tracking_uri or mlflow.get_tracking_uri()
         tags: dict[str, Any] = {}
         if not self._is_known:
@@ -215,25 +217,11 @@ class FlowbufferLogger(Logger):
         else:
             from mlflow.tracking.context.registry import resolve_tags
 
-            experiment_id = self._find_experiment(client)
+            experiment_id = experiment_of(client, self._experiment_name)
             run = client.create_run(experiment_id, tags=resolve_tags(), run_name=self._run_name)
         self._run_id = run.info.run_id
         self._experiment_id = run.info.experiment_id
         return self._tags
-
-    def _find_experiment(self, client: MlflowClient) -> str:
-        from mlflow.exceptions import MlflowException
-
-        name = self._experiment_name
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return str(client.create_experiment(name))
-            except MlflowException:
-                found = client.get_experiment_by_name(name)  # another job was faster
-                if found is None:
-                    raise
-        return str(found.experiment_id)
 
 
 def _as_mapping(value: Any) -> Mapping[Any, Any] | None:

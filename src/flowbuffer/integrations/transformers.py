@@ -16,9 +16,10 @@ except ImportError as error:
     ) from error
 
 from flowbuffer.active_run import end_run
+from flowbuffer.environment import environment_run_id
 from flowbuffer.integrations.loggable import Loggable
 from flowbuffer.logger import MetricLogger, starts_runs
-from flowbuffer.settings import Settings, environment_run_id
+from flowbuffer.settings import Settings, settings_with
 
 _log = logging.getLogger("flowbuffer")
 
@@ -39,7 +40,7 @@ class FlowbufferCallback(TrainerCallback):
 
     Args:
         tags: For the run; at most 8000 characters each.
-        settings: None means :meth:`Settings.from_env`.
+        settings: None means ``Settings()``.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class FlowbufferCallback(TrainerCallback):
         return logger
 
     def _current_settings(self) -> Settings:
-        return Settings.from_env() if self._settings is None else self._settings
+        return settings_with(self._settings, {})
 
     def _own_logger(self) -> MetricLogger | None:
         """That of the run that was started here, while nobody ended it."""
