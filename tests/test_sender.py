@@ -214,7 +214,7 @@ def test_refused_credentials_pause_everything(tmp_path: Path, caplog: object) ->
     for _ in range(200):
         spool.sender.step(hurry=True)
         spool.clock.turn(0.5)
-    assert len(spool.transport.requests) == 4  # in 100 s
+    assert len(spool.transport.requests) == 8  # in 100 s: after 0, 1, 3, 7, 15, 31, 61 and 91
     assert caplog.text.count("held up") == 1  # type: ignore[attr-defined]
     spool.transport.decide = lambda _: None
     spool.deliver()

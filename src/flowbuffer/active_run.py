@@ -12,6 +12,7 @@ from flowbuffer.environment import (
     environment_tracking_uri,
 )
 from flowbuffer.errors import InvalidPoint
+from flowbuffer.experiments import find_or_create
 
 _tracking: Any = None  # mlflow.tracking._tracking_service.utils
 _default_uris: dict[str, str] = {}  # by working directory
@@ -79,30 +80,15 @@ def find_run(
     if not start:
         return uuid.uuid4().hex, False
     client = mlflow.MlflowClient(tracking_uri)
-    experiment_id = None if experiment is None else experiment_of(client, experiment)
+    experiment_id = None if experiment is None else find_or_create(client, experiment)
     if tracking_uri is None:
         run = mlflow.start_run(experiment_id=experiment_id, run_name=name)
         return run.info.run_id, True
     if experiment_id is None:
         experiment_id, experiment = environment_experiment()
         if experiment_id is None and experiment is not None:
-            experiment_id = experiment_of(client, experiment)
+            experiment_id = find_or_create(client, experiment)
     return client.create_run(experiment_id or "0", run_name=name).info.run_id, True
-
-
-def experiment_of(client: Any, name: str) -> str:
-    """The id of the experiment of that name, created if need be."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name))
-        except MlflowException:
-            found = client.get_experiment_by_name(name)  # another job was faster
-            if found is None:
-                raise
-    return str(found.experiment_id)
 
 
 def end_run(run_id: str, tracking_uri: str, status: str) -> None:

@@ -33,7 +33,7 @@ from flowbuffer.report import Progress, Report, Stats
 from flowbuffer.settings import Settings, settings_with
 from flowbuffer.spool.places import sync
 from flowbuffer.spool.producer import Producer
-from flowbuffer.spool.states import Waiting, parked_reason, want
+from flowbuffer.spool.states import Waiting, park, parked_reason, want
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -267,8 +267,10 @@ class MetricLogger(LoggingCalls):
         return Report(**self._counts(), seconds=time.monotonic() - start_s)
 
     def _hurry_to(self, producer: Producer) -> tuple[int, int]:
-        """Have everything that was logged until now sent without lingering; where that ends."""
+        """Have everything that was logged until now sent without lingering; where that ends.
+        A run that is gone may be restored by now: it is looked at again."""
         number, offset = producer.barrier()
+        park(producer.directory.path, None)
         want(producer.directory.path / f"{number:08d}.slots", offset)
         return number, offset
 

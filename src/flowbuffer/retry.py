@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from flowbuffer.errors import RunGoneError, TransportError, UnauthorisedError
 
+_UNAUTHORISED_FIRST_S = 1.0
+_GONE_FIRST_S = 5.0
+
 
 @dataclass(frozen=True)
 class RetryPolicy:
@@ -16,8 +19,9 @@ class RetryPolicy:
     Args:
         first_s: The longest wait after the first failure; doubled after each one.
         most_s: The longest wait at all, unless the server asks for more.
-        unauthorised_s: The wait while credentials are refused.
-        gone_s: The wait before a run that is gone is tried again; it may be restored.
+        unauthorised_s: The longest wait while credentials are refused. The first is short: what
+            stands before a server may refuse them for some seconds.
+        gone_s: The longest wait before a run that is gone is tried again; it may be restored.
         uniform: Draws a float between two; replaced in tests.
     """
 
@@ -31,10 +35,11 @@ class RetryPolicy:
     def wait_s(self, error: TransportError, attempt: int) -> float:
         """Seconds to wait after failure number ``attempt`` (1 is the first)."""
         asked_s = error.retry_after_s or 0.0
+        doublings = 2.0 ** min(attempt - 1, 30)
         if isinstance(error, RunGoneError):
-            return max(self.gone_s, asked_s)
+            return max(min(self.gone_s, _GONE_FIRST_S * doublings), asked_s)
         if isinstance(error, UnauthorisedError):
-            return max(self.unauthorised_s, asked_s)
-        ceiling_s = min(self.most_s, self.first_s * 2 ** min(attempt - 1, 30))
+            return max(min(self.unauthorised_s, _UNAUTHORISED_FIRST_S * doublings), asked_s)
+        ceiling_s = min(self.most_s, self.first_s * doublings)
         # The server knows its own load; jitter comes on top, so that clients do not return at once.
         return asked_s + self.uniform(0.0, ceiling_s)

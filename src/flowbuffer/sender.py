@@ -32,7 +32,7 @@ from flowbuffer.settings import Settings
 from flowbuffer.source import Source
 from flowbuffer.spool.layout import KEY_SEPARATOR, PARAM, TAG
 from flowbuffer.spool.reader import Reader
-from flowbuffer.spool.states import park
+from flowbuffer.spool.states import is_parked, park
 from flowbuffer.transport import Request, Transport
 
 _log = logging.getLogger("flowbuffer")
@@ -47,6 +47,9 @@ MAX_TEXTS = 100
 #: often one of its parts is then.
 DOUBTS = 8
 DOUBTS_OF_A_PART = 3
+
+#: How soon after the last try a run that is gone is tried again when someone waits for it, in s.
+LOOK_AGAIN_S = 1.0
 
 _KINDS = {0: "metric", PARAM: "param", TAG: "tag"}
 
@@ -99,7 +102,7 @@ class Sender:
         self._outcomes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._accepted: list[Part] = []  # the service has them, and does not have them stored yet
         self._held_up: type[TransportError] | None = None  # what was told last
-        self._not_before_s = -math.inf
+        self._not_before_s = self._failed_at_s = -math.inf
 
     def add(self, reader: Reader) -> Source:
         """Deliver what ``reader`` reads, too."""
@@ -125,6 +128,8 @@ class Sender:
         while not self._outcomes.empty():
             self._outcomes.get()()
         now_s = self._clock.monotonic_s()
+        if self.gone:
+            self._look_again()
         self._send(now_s, hurry)  # what is there already, so that no backend waits for the reading
         read = self._read(now_s)
         hurry = hurry or any(source.reader.hurried() for source in self._live())
@@ -293,7 +298,7 @@ class Sender:
         batch.due_s = self._clock.monotonic_s()
 
     def _failed(self, batch: Batch, error: TransportError) -> None:
-        now_s = self._clock.monotonic_s()
+        now_s = self._failed_at_s = self._clock.monotonic_s()
         batch.attempt += 1
         wait_s = self._policy.wait_s(error, batch.attempt)
         batch.due_s = now_s + wait_s
@@ -309,6 +314,16 @@ class Sender:
         if isinstance(error, RunGoneError):
             self._note()  # before the folder is parked, so that whoever stops waiting finds it
             self._park(error.reason)
+
+    def _look_again(self) -> None:
+        """Whoever waits for a run that is gone takes its note away, because it may be restored: it
+        is tried then, but not sooner than a second after the last try."""
+        if all(is_parked(source.reader.folder) for source in self._live()):
+            return
+        due_s = self._failed_at_s + LOOK_AGAIN_S
+        self._not_before_s = min(self._not_before_s, due_s)
+        for batch in self._batches:
+            batch.due_s = min(batch.due_s, due_s)
 
     def _park(self, reason: str | None) -> None:
         """Tell whoever looks at the spool that the run takes no points, or does so again."""

@@ -16,6 +16,7 @@ from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.commands.servers import Server
 from flowbuffer.environment import environment_experiment
 from flowbuffer.errors import RejectedError, RunGoneError
+from flowbuffer.experiments import find_or_create
 from flowbuffer.spool.files import FileLock, read_file, write_file
 from flowbuffer.spool.info import ProducerInfo
 
@@ -83,7 +84,8 @@ class Runs:
     def _find_or_create(
         self, server: Server, run_id: str, producers: Sequence[ProducerInfo]
     ) -> str:
-        experiment_id = _experiment_id(server, self._experiment_name(producers))
+        name = self._experiment_name(producers)
+        experiment_id = server.ask(lambda client: find_or_create(client, name))
         found = _tagged(server, run_id, experiment_id)
         if found is None:
             start_ms = min(producer.start_ms for producer in producers)
@@ -132,27 +134,6 @@ def _exists(server: Server, run_id: str) -> bool:
     except (RunGoneError, RejectedError):  # not found, or not even an id there
         return False
     return True
-
-
-def _experiment_id(server: Server, name: str) -> str:
-    """The experiment of that name, created if need be."""
-    found = _experiment(server, name)
-    if found is None:
-        try:
-            return str(server.ask(lambda client: client.create_experiment(name)))
-        except RejectedError:
-            found = _experiment(server, name)  # another machine was faster
-            if found is None:
-                raise
-    return found
-
-
-def _experiment(server: Server, name: str) -> str | None:
-    try:
-        found = server.ask(lambda client: client.get_experiment_by_name(name))
-    except RunGoneError:  # 404
-        return None
-    return None if found is None else str(found.experiment_id)
 
 
 def _tagged(server: Server, run_id: str, experiment_id: str) -> str | None:

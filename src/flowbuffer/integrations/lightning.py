@@ -22,8 +22,8 @@ except ImportError:
             f"pip install 'flowbuffer[lightning]' ({error})"
         ) from error
 
-from flowbuffer.active_run import experiment_of
 from flowbuffer.environment import environment_run_id
+from flowbuffer.experiments import find_or_create
 from flowbuffer.integrations.loggable import Loggable
 from flowbuffer.logger import MetricLogger, starts_runs
 from flowbuffer.settings import Settings, settings_with
@@ -217,7 +217,7 @@ class FlowbufferLogger(Logger):
         else:
             from mlflow.tracking.context.registry import resolve_tags
 
-            experiment_id = experiment_of(client, self._experiment_name)
+            experiment_id = find_or_create(client, self._experiment_name)
             run = client.create_run(experiment_id, tags=resolve_tags(), run_name=self._run_name)
         self._run_id = run.info.run_id
         self._experiment_id = run.info.experiment_id

@@ -266,9 +266,14 @@ def park(folder: Path, reason: str | None) -> None:
         write_file(path, json.dumps({"reason": reason}).encode())
 
 
+def is_parked(folder: Path) -> bool:
+    """Whether something is known against delivering this producer's points."""
+    return os.path.lexists(folder / "parked.json")
+
+
 def parked_reason(folder: Path) -> str | None:
     """Why the run of this producer takes no points; None if nothing is known against it."""
-    if not os.path.lexists(folder / "parked.json"):
+    if not is_parked(folder):
         return None
     try:
         said = json.loads(read_file(folder / "parked.json", limit=1 << 20))
