@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from typing import Any
 
@@ -13,26 +14,68 @@ from flowbuffer.environment import (
 )
 from flowbuffer.errors import InvalidPoint
 from flowbuffer.experiments import find_or_create
+from flowbuffer.transport import absolute_uri
 
 _tracking: Any = None  # mlflow.tracking._tracking_service.utils
 _default_uris: dict[str, str] = {}  # by working directory
+_absolute: set[str] = set()  # URIs that are
+_settled: dict[str, tuple[Any, str]] = {}  # by URI: the engine that MLflow made, and its own URI
 
 
 def current_uri() -> str:
-    """``mlflow.get_tracking_uri()``, without a look at the disk at every call."""
+    """``mlflow.get_tracking_uri()`` as :func:`settled_uri` has it, without a look at the disk at
+    every call."""
     global _tracking
     if _tracking is None:
         from mlflow.tracking._tracking_service import utils as _tracking
     uri: str | None = _tracking._tracking_uri
+    if uri is None:
+        uri = environment_tracking_uri()
     if uri is not None:
-        return uri
-    named = environment_tracking_uri()
-    if named is not None:
-        return named
+        return settled_uri(uri)
     here = os.getcwd()
     if here not in _default_uris:
         _default_uris[here] = _tracking.get_tracking_uri()
     return _default_uris[here]
+
+
+def settled_uri(tracking_uri: str) -> str:
+    """A tracking URI as MLflow understands it in this process now, in a form that means the same
+    from every working directory and in every process.
+
+    MLflow makes one engine for each text of a database's URI, and the engine makes the path of its
+    file absolute in the working directory of that moment, for good: a program that changes its
+    directory afterwards goes on with that file. A relative folder of MLflow's file store is looked
+    for in the working directory of each call.
+    """
+    if tracking_uri in _absolute:
+        return tracking_uri
+    engine = _engines().get(tracking_uri)
+    made, settled = _settled.get(tracking_uri, (None, ""))
+    if engine is not None and made is engine:
+        return settled
+    settled = absolute_uri(tracking_uri)
+    if settled == tracking_uri:
+        _absolute.add(tracking_uri)
+    elif engine is not None:
+        with engine.connect() as connection:
+            file = connection.exec_driver_sql("PRAGMA database_list").first()[2]
+        scheme, _, rest = tracking_uri.partition(":///")
+        _, mark, query = rest.partition("?")
+        settled = f"{scheme}:///{file}{mark}{query}"
+        _settled[tracking_uri] = engine, settled
+    return settled
+
+
+def _engines() -> Any:
+    """The engines that MLflow has made, by URI."""
+    module = sys.modules.get("mlflow.store.tracking.sqlalchemy_store")
+    store = getattr(module, "SqlAlchemyStore", None)
+    for name in ("_engine_map", "_db_uri_sql_alchemy_engine_map"):  # the second of older versions
+        engines = getattr(store, name, None)
+        if engines is not None:
+            return engines
+    return {}
 
 
 def run_id_of(run: object) -> str | None:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flowbuffer import job_end
-from flowbuffer.active_run import end_run, find_run, run_id_of
+from flowbuffer.active_run import end_run, find_run, run_id_of, settled_uri
 from flowbuffer.appends import Append, Lenience, then
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.delivery import (
@@ -79,14 +79,15 @@ class MetricLogger(LoggingCalls):
         import mlflow
 
         self.closes_with_run = False
-        self._uri = tracking_uri or mlflow.get_tracking_uri()
-        self._settings = settings_for(self._uri, settings_with(settings, changes))
+        uri = tracking_uri or mlflow.get_tracking_uri()
+        self._settings = settings_for(uri, settings_with(settings, changes))
         self._place = environment_place()
         self._logs = self._settings.logs(self._place.rank)
         start = starts_runs(self._settings)
         self._run_id, self._owns_run = find_run(
             run_id_of(run_id), tracking_uri, start=start, experiment=experiment, name=run_name
         )
+        self._uri = settled_uri(uri)  # now that MLflow has made the store in which the run is
         self._ended = False
         self._opening = threading.RLock()
         self._lenience = Lenience()

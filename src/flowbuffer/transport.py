@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from flowbuffer.clock import Clock
 from flowbuffer.delivery_client import delivery_client
@@ -235,9 +236,13 @@ def _metric(stored_key: str, *point: Any) -> Any:
 def absolute_uri(tracking_uri: str) -> str:
     """A tracking URI that means the same from every working directory."""
     scheme, separator, rest = tracking_uri.partition(":///")
-    if scheme.split("+")[0] == "sqlite" and separator and not rest.startswith(("/", ":memory:")):
+    if scheme.split("+")[0] == "sqlite":
+        if not separator or rest.startswith(("/", ":memory:", "file:")):
+            return tracking_uri
         path, mark, query = rest.partition("?")
-        return f"{scheme}:///{Path(path).absolute()}{mark}{query}"
+        return f"{scheme}:///{os.path.abspath(path)}{mark}{query}"
+    if tracking_uri.startswith("file:") and not tracking_uri.startswith("file:/"):
+        return Path(unquote(tracking_uri[5:])).absolute().as_uri()
     if "://" not in tracking_uri and not tracking_uri.startswith(("file:", "databricks", "uc")):
         return Path(tracking_uri).absolute().as_uri()
     return tracking_uri

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
+from flowbuffer.active_run import settled_uri
 from flowbuffer.dropin.calls import METHODS, Calls, Original
 from flowbuffer.dropin.modes import ABSENT, Mode, answer, mode_of, start_sized_queue
 from flowbuffer.dropin.runs import BufferedRun, NotBuffered, Point, buffered_run, known_run
@@ -48,7 +49,7 @@ class Methods(Calls):
                 pass
         flush_run(run_id)
         stored = store(asked)
-        known = known_run(client._tracking_client.tracking_uri, run_id)
+        known = known_run(settled_uri(client._tracking_client.tracking_uri), run_id)
         if mode is Mode.STORES and known is not None:
             known.remember_params({key: str(value) for key, value in params})
         return stored

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from flowbuffer.active_run import current_uri
+from flowbuffer.active_run import current_uri, settled_uri
 from flowbuffer.dropin.calls import Original
 from flowbuffer.dropin.runs import forget_run, models_were_logged
 from flowbuffer.run_loggers import flush_all, flush_run, flush_server
@@ -47,7 +47,9 @@ class Waits:
         return self._after(original, lambda _, run_id, *__, **___: flush_run(run_id))
 
     def _of_all(self, original: Original) -> Original:
-        return self._after(original, lambda client, *_, **__: flush_all(client.tracking_uri))
+        return self._after(
+            original, lambda client, *_, **__: flush_all(settled_uri(client.tracking_uri))
+        )
 
     get_run = get_metric_history = delete_tag = _of_run
     search_runs = get_logged_model = search_logged_models = _of_all

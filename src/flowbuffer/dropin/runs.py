@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from flowbuffer.active_run import settled_uri
 from flowbuffer.delivery_client import delivery_client
 from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolError
 from flowbuffer.handle import Handle
@@ -204,15 +205,15 @@ def buffered_run(tracking_client: Any, run_id: Any) -> BufferedRun:
         NotBuffered: The run is unknown, deleted, in a workspace, or in the memory of this process,
             or there is no spool for it.
     """
-    uri = tracking_client.tracking_uri
     if not isinstance(run_id, str):
         raise NotBuffered
+    uri = settled_uri(tracking_client.tracking_uri)
     known = known_run(uri, run_id)
     if known is not None:
         return known
-    if _has_workspace() or ":memory:" in uri or uri == "sqlite://":
+    if _has_workspace() or not _is_one_place(uri):
         raise NotBuffered
-    params, has_models = _look(tracking_client, run_id)
+    params, has_models = _look(tracking_client, uri, run_id)
     try:
         logger = logger_of(uri, run_id)
     except SpoolError as error:
@@ -239,7 +240,7 @@ def models_were_logged(run_id: str) -> None:
             run.has_models = True
 
 
-def _look(tracking_client: Any, run_id: str) -> tuple[Mapping[str, str], bool]:
+def _look(tracking_client: Any, uri: str, run_id: str) -> tuple[Mapping[str, str], bool]:
     """The parameters that a run has, and whether models were logged to it.
 
     Raises:
@@ -255,13 +256,22 @@ def _look(tracking_client: Any, run_id: str) -> tuple[Mapping[str, str], bool]:
             store = delivery_client(tracking_client.tracking_uri, _LOOK_TIMEOUT_S)
         run = store.get_run(run_id)
     except Exception as error:
-        if may_pass(error):
+        if may_pass(error) and not uri.startswith("file:"):
             return {}, False  # whoever delivers will find out
         raise NotBuffered from error
     if not isinstance(run, Run) or run.info.lifecycle_stage != "active":
         raise NotBuffered
     params = {} if run.data is None else run.data.params
     return params, bool(run.outputs and run.outputs.model_outputs)
+
+
+def _is_one_place(uri: str) -> bool:
+    """Whether a URI leads every process to the same store: none in memory, and none whose path only
+    MLflow or SQLite resolves, when it opens it."""
+    scheme, _, path = uri.partition(":///")
+    if scheme.startswith("sqlite"):
+        return bool(path) and not path.startswith("file:") and ":memory:" not in path
+    return uri != ""
 
 
 def _has_workspace() -> bool:
