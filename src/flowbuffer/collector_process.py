@@ -24,7 +24,7 @@ from flowbuffer.handover import handed_on_ms, handed_on_uri
 from flowbuffer.launcher import WAKE_SIGNAL, collector_lock
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.files import FileLock
+from flowbuffer.spool.files import Descriptor, FileLock
 from flowbuffer.spool.info import read_info
 
 _log = logging.getLogger("flowbuffer")
@@ -137,7 +137,7 @@ def main() -> None:
     root, descriptor = Path(sys.argv[1]), int(sys.argv[2])
     if os.fork():
         os._exit(0)  # so that the process that logs has no child that it knows nothing of
-    lock: FileLock | None = FileLock(descriptor)
+    lock: FileLock | None = FileLock(Descriptor(descriptor))
     os.umask(0o077)
     sys.stdout = sys.stderr = RedactedStream(sys.stderr)  # they are collector.log
     logging.basicConfig(format=f"%(asctime)s [{os.getpid()}] %(message)s", level=logging.WARNING)

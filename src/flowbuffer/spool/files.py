@@ -4,15 +4,72 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import stat
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from flowbuffer.errors import SpoolError
 
 #: What to do about a folder that cannot be a spool.
 MOVE_IT = "set FLOWBUFFER_SPOOL_DIR (spool_dir) to a folder on a local disk or tmpfs"
+
+
+class Descriptor:
+    """An open file. It is closed at the latest when nobody refers to it any more, so that a call
+    that is interrupted leaves none open.
+
+    Args:
+        number: What the system calls it; -1 once it is closed.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def close(self, _close: Callable[[int], None] = os.close) -> None:
+        """Close it; doing so again does nothing."""
+        # Forgotten first: the next file that is opened gets the same number.
+        number, self.number = self.number, -1
+        if number >= 0:
+            _close(number)
+
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def descriptor_of(path: Path, flags: int) -> Descriptor:
+    """:func:`open_file` as an object. It takes the spare descriptor if there is no other."""
+    try:
+        file = Descriptor(open_file(path, flags))
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _spare:
+            raise
+        _spare.pop().close()
+        file = Descriptor(open_file(path, flags))
+    if not _spare:
+        _have_spare()
+    return file
+
+
+#: A descriptor that is given up where the program has used all others, so that logging goes on.
+_spare: list[Descriptor] = []
+
+
+def _have_spare() -> None:
+    try:
+        _spare.append(Descriptor(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
+    except OSError:
+        pass  # there will be one when the program has closed some of its own
 
 
 class FileLock:
@@ -22,27 +79,35 @@ class FileLock:
     with the parent.
 
     Args:
-        descriptor: Of the file, locked already; -1 once it is released.
+        file: Locked already, or about to be.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, file: Descriptor) -> None:
+        self._file = file
         _held_locks.add(self)
+
+    @property
+    def descriptor(self) -> int:
+        """What the system calls the locked file; -1 once it is released."""
+        return self._file.number
 
     @classmethod
     def take(cls, path: Path, *, create: bool = False) -> FileLock | None:
         """The lock of the file at ``path``, or None if another process holds it or it is gone."""
         try:
-            descriptor = open_file(path, os.O_RDWR | (os.O_CREAT if create else 0))
+            lock = cls(descriptor_of(path, os.O_RDWR | (os.O_CREAT if create else 0)))
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink:
-                return cls(descriptor)
+            fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.descriptor).st_nlink:
+                return lock
         except BlockingIOError:
             pass
-        os.close(descriptor)
+        except BaseException:  # else it would be held, by nobody, until this process ends
+            lock.release()
+            raise
+        lock.leave()
         return None
 
     @staticmethod
@@ -53,17 +118,16 @@ class FileLock:
             SpoolError, OSError: As :func:`open_file`, but for a file that is not there.
         """
         try:
-            descriptor = open_file(path, os.O_RDWR)
+            file = descriptor_of(path, os.O_RDWR)
         except FileNotFoundError:
             return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child may have the descriptor, too
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
+        with file:
+            try:
+                fcntl.flock(file.number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file.number, fcntl.LOCK_UN)  # a child may have the descriptor, too
+                return False
+            except BlockingIOError:
+                return True
 
     def release(self) -> None:
         """Let go; doing so again does nothing."""
@@ -73,10 +137,8 @@ class FileLock:
 
     def leave(self) -> None:
         """Close the descriptor; the lock stays with the process that inherited it, if one did."""
-        descriptor, self.descriptor = self.descriptor, -1
+        self._file.close()
         _held_locks.discard(self)
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 _held_locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
@@ -121,15 +183,24 @@ def read_file(path: Path, *, limit: int) -> bytes:
         return file.read(min(limit, os.fstat(file.fileno()).st_size))
 
 
+#: Tells apart the unfinished files of calls that run at the same time, or in one another.
+_serials = itertools.count()
+
+
 def write_file(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Replace a file whole: whoever reads it finds the old content or the new."""
-    fresh = path.with_name(f".{path.name}.new")
-    with os.fdopen(open_file(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
-        file.write(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    fresh.replace(path)
+    fresh = path.with_name(f".{path.name}.{next(_serials)}.new")
+    try:
+        with descriptor_of(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(file.number, rest) :]
+            if durable:
+                os.fsync(file.number)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def check_private(folder: Path) -> None:

@@ -1,52 +1,49 @@
-"""A file of the writing side that only grows: the key table, and the journals."""
+"""The files of the writing side that only grow: the key table, and the journals."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from flowbuffer.errors import SpoolFull
-from flowbuffer.spool.files import open_file
+from flowbuffer.spool.files import Descriptor, descriptor_of
 
 
-class GrowingFile:
-    """A file that is written at its end, all or nothing at a time.
+def append_frame(path: Path, frame: bytes, *, durable: bool) -> int:
+    """Write a frame at the end of a file, which is made if it is not there.
+
+    Nothing is remembered between two calls, neither a descriptor nor a size, so nothing can be left
+    half done by a call that is interrupted, and any thread may write at any time. A frame that is
+    torn because the disk is full stays where it is: nobody refers to it.
 
     Args:
-        path: The file; it is made if it is not there.
-        durable: Bring what is written to the disk itself before the call returns.
+        path: The file.
+        frame: See ``layout``.
+        durable: Bring it to the disk itself before the call returns.
 
-    Attributes:
-        size: In bytes.
+    Returns:
+        Where the frame begins, in bytes from the start of the file.
+
+    Raises:
+        SpoolFull: There is no room.
     """
+    try:
+        with descriptor_of(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
+            _check_room(file, len(frame))
+            written = os.write(file.number, frame)
+            if written < len(frame):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if durable:
+                os.fsync(file.number)
+            # The end of what this descriptor wrote, whatever others have written meanwhile.
+            return os.lseek(file.number, 0, os.SEEK_CUR) - len(frame)
+    except OSError as error:
+        raise SpoolFull(f"no room for {len(frame)} bytes in {path.parent}: {error}") from error
 
-    def __init__(self, path: Path, *, durable: bool) -> None:
-        self._path = path
-        self._durable = durable
-        self._descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.size = os.fstat(self._descriptor).st_size
 
-    def write(self, content: bytes) -> int:
-        """Write at the end; where that was, in bytes from the start.
-
-        Raises:
-            SpoolFull: There is no room; nothing was written.
-        """
-        descriptor, size = self._descriptor, self.size
-        try:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            if self._durable:
-                os.fsync(descriptor)
-        except OSError as error:
-            os.ftruncate(descriptor, size)
-            raise SpoolFull(
-                f"no room for {len(content)} bytes in {self._path.parent}: {error}"
-            ) from error
-        self.size = size + len(content)
-        return size
-
-    def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._descriptor)
+def _check_room(file: Descriptor, size: int) -> None:
+    """Refuse what would be torn, as far as that can be known."""
+    disk = os.fstatvfs(file.number)
+    if disk.f_bavail * disk.f_frsize < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -146,6 +146,9 @@ MAX_SERIES_POINTS: Final = 65536
 
 TEXT_HEADER: Final = struct.Struct("<I")
 
+#: So many ids may be without a key; a larger one in a key table is damage.
+_SKIPPED_IDS: Final = 65536
+
 
 def segment_size(slots: int) -> int:
     """The size in bytes of the file of a segment of ``slots`` slots."""
@@ -251,7 +254,8 @@ def parse_frame(
 def parse_keys(data: bytes) -> dict[int, str]:
     """The key table: every key whose frame is whole, by its id. Damaged frames are passed over."""
     keys: dict[int, str] = {}
-    most = len(data) // FRAME_HEADER.size  # ids count from 0, so a sound one is below that
+    # Ids count from 0, but for those of calls that were interrupted before they wrote a frame.
+    most = len(data) // FRAME_HEADER.size + _SKIPPED_IDS
     position = data.find(FRAME_MAGIC)
     while position >= 0:
         try:

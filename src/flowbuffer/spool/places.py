@@ -38,6 +38,13 @@ DROPPED: Final[Places] = (
 )
 
 
+#: The place of a point whose call was interrupted by a fork, in the child.
+LEFT_TO_PARENT: Final[Places] = (
+    None,
+    "this process was forked in the middle of the call; its parent logs the point",
+)
+
+
 def sync(places: Places) -> None:
     """Bring the points at these places to the disk itself (``durability="power"``)."""
     for segment in {segment for segment in places[::2] if isinstance(segment, Segment)}:

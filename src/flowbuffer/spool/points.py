@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import posixpath
 import re
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, SupportsFloat, SupportsIndex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, SupportsIndex
 
 from flowbuffer.errors import InvalidPoint
 from flowbuffer.spool.layout import KEY_SEPARATOR, MAX_KEY_LENGTH, PARAM
@@ -29,7 +30,8 @@ MAX_PARAM_LENGTH: Final = 6000
 MAX_TAG_LENGTH: Final = 8000
 
 
-class MetricKey(NamedTuple):
+@dataclass(frozen=True)
+class MetricKey:
     """The key of a metric that is about a model or a dataset; it can stand where a key can."""
 
     key: str
@@ -43,7 +45,7 @@ class MetricKey(NamedTuple):
         Raises:
             InvalidPoint: It cannot be told apart there.
         """
-        about: tuple[Any, ...] = self[1:]
+        about: tuple[Any, ...] = (self.model_id, self.dataset_name, self.dataset_digest)
         if any(type(t) is not str or KEY_SEPARATOR in t or len(t) > 500 for t in about):
             raise InvalidPoint(f"{about!r} is no model's id, dataset's name and digest")
         return KEY_SEPARATOR.join((key, *about))
@@ -54,13 +56,14 @@ _INT64 = 1 << 63
 
 
 def checked_key(key: object) -> str:
-    """``key``, if MLflow takes it.
+    """``key`` as a plain string, if MLflow takes it. Of a str that is an Enum, too, its value.
 
     Raises:
         InvalidPoint: It is no string, too long, has other characters, or reads as another path.
     """
     if not isinstance(key, str):
-        raise InvalidPoint(f"the key {key!r} is a {type(key).__name__}; it must be a str")
+        raise InvalidPoint(f"the key {_shown(key)}; it must be a str")
+    key = str.__str__(key)
     if len(key) > MAX_KEY_LENGTH:
         raise InvalidPoint(
             f"the key {key[:40]!r}... has {len(key)} characters; "

@@ -4,13 +4,17 @@ The path of a point takes no lock, allocates nothing beyond the point's own obje
 system call. A slot is reserved with ``itertools.count`` (atomic under the interpreter's lock) and
 stored with one ``Struct.pack_into``; a store beyond the end of the segment fails, and that failure
 is how a thread learns that it is time for the next segment.
+
+Nothing here is guarded by a lock. A signal handler, or a ``__del__``, may log between any two lines
+of a call that logs, in the same thread, or end it by an exception; other threads log all the time.
+So each change of state is one operation of a dict, a list or a count, made when what it publishes
+is whole, and whoever finds something half done by a call that was interrupted goes on from there.
 """
 
 from __future__ import annotations
 
 import itertools
 import struct
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,11 +25,10 @@ from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.settings import Settings
 from flowbuffer.spool import layout
 from flowbuffer.spool.directory import ProducerDirectory, Spool
-from flowbuffer.spool.growing_file import GrowingFile
+from flowbuffer.spool.growing_file import append_frame
 from flowbuffer.spool.layout import COMMITTED, EXPLICIT, SERIES, SLOT, SLOT_SIZE, STATE_OFFSET, VOID
-from flowbuffer.spool.places import DROPPED, Places, Segment
+from flowbuffer.spool.places import DROPPED, LEFT_TO_PARENT, Places, Segment
 from flowbuffer.spool.points import (
-    MetricKey,
     checked_key,
     checked_series,
     checked_step,
@@ -34,7 +37,9 @@ from flowbuffer.spool.points import (
     checked_value,
 )
 from flowbuffer.spool.room import Room
-from flowbuffer.spool.segments import new_segment, sync_directory
+from flowbuffer.spool.segments import segment, sync_directory
+from flowbuffer.spool.written_keys import WrittenKeys
+from flowbuffer.turn import Turn
 
 #: The first segment is small, so that a short job takes little; the others hold 64 Ki points.
 FIRST_SEGMENT_SLOTS = 4096
@@ -44,6 +49,9 @@ SEGMENT_SLOTS = 65536
 _LONG_JOURNAL = 64 << 20
 
 _pack_into = SLOT.pack_into
+
+#: Reserves a slot's offset; the mapped segment; the segment.
+_Store = tuple[Callable[[], int], Any, Segment]
 
 
 class Producer:
@@ -73,26 +81,30 @@ class Producer:
         self._room = Room(spool, settings, clock, hurry)
         self._now_ns = clock.now_ns
         self._hurry = hurry
-        self._stored_key = stored_key
         # A journal goes with its segment, so a segment ends when its journal is long.
         self._journal_limit = min(_LONG_JOURNAL, settings.max_spool_bytes // 8)
         # A small spool has room for several segments still, so that delivered ones can go.
         most = max(settings.max_spool_bytes // 4 // SLOT_SIZE, 1)
         self._segment_slots = [min(slots, most) for slots in segment_slots]
-        self._lock = threading.RLock()  # a signal handler may flush while this thread holds it
-        self._end: tuple[int, int] | None = None  # the last barrier, once stopped
-        self._last_buffer: Any = None
+        self._turn = Turn()
         self._power = settings.durability == "power"
-        self._key_ids: dict[Any, int] = {}  # by str or MetricKey; by (str,) of texts
-        self._keys = GrowingFile(directory.path / "keys", durable=self._power)
-        self._journal: GrowingFile | None = None
+        path = directory.path / "keys"
+        self._keys = WrittenKeys(path, self._room, stored_key, durable=self._power)
+        self._key_ids = self._keys.metrics
+        self._journal_end = (-1, 0)  # the number of the last journal written to, and its size
+        self._open = True
+        self._in_child = False  # forked, while the parent goes on
+        self._end: tuple[int, int] | None = None  # the last barrier, once stopped
         # What a store needs, in one tuple, so that no thread ever sees halves of two segments.
         # At first there is no room, so the first store makes the first segment.
-        self._current: tuple[Callable[[], int], Any, Segment] = (
+        self._current: _Store = (
             itertools.count().__next__,
             bytearray(),
             Segment(self._path(-1, "slots"), -1, hurry),
         )
+        # Every store that there was, by number; None once the next one is there. Who makes a store
+        # that another thread, or the call that it interrupted, has made finds that here.
+        self._stores: dict[int, _Store | None] = {}
         if self._power:
             for folder in (directory.path, directory.path.parent, spool.root):
                 sync_directory(folder)
@@ -112,11 +124,11 @@ class Producer:
             SpoolFull: There is no room (``when_full``).
         """
         try:
-            key_id = self._key_ids[key]
+            key_id: int | None = self._key_ids[key]
         except (KeyError, TypeError):
-            if not self._add_key(key):
+            key_id = self._add_key(key)
+            if key_id is None:
                 return DROPPED
-            key_id = self._key_ids[key]
         if type(value) is not float:
             value = checked_value(key, value)
         if step is None:
@@ -137,9 +149,8 @@ class Producer:
         try:
             _pack_into(buffer, offset, time, value, step, offset, key_id, flags, COMMITTED)
         except BaseException as error:
-            if not self._make_room(error, buffer, offset, segment, step):
-                return DROPPED
-            return self.append(key, value, step, timestamp)
+            lost = self._make_room(error, buffer, offset, segment, step)
+            return lost or self.append(key, value, step, timestamp)
         return segment, offset
 
     def append_many(
@@ -165,16 +176,16 @@ class Producer:
         reserve, buffer, segment = self._current
         for key, value in metrics.items():
             try:
-                key_id = key_ids[key]
+                key_id: int | None = key_ids[key]
                 if type(value) is not float:
                     value = checked_value(key, value)
             except (KeyError, InvalidPoint):
                 try:
                     value = checked_value(key, value)
-                    if not self._add_key(key):
+                    key_id = self._add_key(key)
+                    if key_id is None:
                         places += DROPPED
                         continue
-                    key_id = key_ids[key]
                 except InvalidPoint as error:
                     errors.append(error)
                     continue
@@ -182,10 +193,8 @@ class Producer:
             try:
                 _pack_into(buffer, offset, time, value, step, offset, key_id, flags, COMMITTED)
             except BaseException as error:
-                if self._make_room(error, buffer, offset, segment, step):
-                    places += self.append(key, value, step, timestamp)
-                else:
-                    places += DROPPED
+                lost = self._make_room(error, buffer, offset, segment, step)
+                places += lost or self.append(key, value, step, timestamp)
                 reserve, buffer, segment = self._current
                 continue
             places += segment, offset
@@ -205,9 +214,9 @@ class Producer:
             SpoolFull: There is no room (``when_full``).
         """
         columns = checked_series(checked_key(key), values, steps, timestamps)
-        if not self._add_key(key, len(columns[0])):
+        key_id = self._add_key(key, len(columns[0]))
+        if key_id is None:
             return DROPPED
-        key_id = self._key_ids[key]
         places: list[Segment | int | str | None] = []
         for first in range(0, len(columns[0]), layout.MAX_SERIES_POINTS):
             value, step, time = (
@@ -233,10 +242,11 @@ class Producer:
             raise
         places: list[Segment | int | str | None] = []
         for key, text in checked.items():
-            if not self._add_key((key,)):
+            self._check_open()
+            key_id = self._keys.add_text(key)
+            if key_id is None:
                 places += DROPPED
                 continue
-            key_id = self._key_ids[(key,)]
             places += self._append_frame(layout.text_frame(key_id, text), key_id, 1, kind)
         return places
 
@@ -252,13 +262,11 @@ class Producer:
 
     def stop(self) -> None:
         """Take no more points. The folder stays until :meth:`close`, delivered or not."""
-        with self._lock:
-            if self._end is None:
-                self._end = self.barrier()
-                _, self._last_buffer, segment = self._current
-                self._current = (itertools.count().__next__, bytearray(), segment)
-                self._keys.close()
-                self._close_journal()
+        self._open = False
+        reserve, buffer, segment = self._current
+        if self._end is None or self._end[0] != segment.number:
+            # A call that is under way stores before this end, or finds no room and is refused.
+            self._end = segment.number, min(_reserve_rest(reserve, buffer)[0], len(buffer))
 
     def close(self, *, failed: bool = False) -> None:
         """Stop, and leave the folder to whoever delivers it, and deletes it then.
@@ -268,47 +276,31 @@ class Producer:
         """
         self.stop()
         assert self._end is not None
-        buffer, self._last_buffer = self._last_buffer, None
-        if buffer is None:
-            return  # closed before
-        if self._current[2].path.exists():
+        reserve, buffer, segment = self._current
+        if not segment.path.exists():
+            self.directory.lock.release()  # nothing was logged, or all of it is delivered
+        elif buffer:
             outcome = layout.FAILED if failed else layout.FINISHED
             slots = (self._end[1] - layout.SEGMENT_HEADER_SIZE) // SLOT_SIZE
             fields = layout.closed_fields(slots, outcome)
             buffer[layout.CLOSED_OFFSET : layout.CLOSED_OFFSET + len(fields)] = fields
-        else:
-            self.directory.lock.release()  # nothing was logged, or all of it is delivered
+        self._current = (reserve, bytearray(), segment)  # unmapped; closed before, if it is that
 
     def abandon(self) -> None:
-        """In a forked child: close what was inherited; the parent goes on writing."""
-        if self._end is None:
-            self._keys.close()
-            self._close_journal()
+        """In a forked child: the parent goes on writing, and nothing is stored here any more, not
+        even by the call in which the fork was."""
+        self._in_child = True
+        self._open = False
+        for store in self._stores.values():
+            if store is not None:
+                store[1].close()
 
     # What is seldom needed: keys, segments, journals, no room.
 
-    def _add_key(self, key: Any, points: int = 1) -> bool:
-        """Give a key its id; False if its ``points`` were dropped because the disk is full."""
-        if isinstance(key, MetricKey):
-            stored = key.stored(self._checked_stored_key(key.key))
-        elif isinstance(key, tuple):
-            (stored,) = key  # of a parameter or tag, which the template is not for
-        else:
-            stored = self._checked_stored_key(key)
-            key = str(key)
-        return self._room.wait_for(lambda: self._write_key(key, stored), points) is not None
-
-    def _checked_stored_key(self, key: Any) -> str:
-        return checked_key(self._stored_key(checked_key(key)))
-
-    def _write_key(self, key: Any, stored: str) -> int:
-        with self._lock:
-            self._check_open()
-            if key not in self._key_ids:
-                identity = len(self._key_ids)
-                self._keys.write(layout.frame(identity, stored.encode()))
-                self._key_ids[key] = identity
-            return self._key_ids[key]
+    def _add_key(self, key: Any, points: int = 1) -> int | None:
+        """The id of a metric's key; None if its ``points`` were dropped."""
+        self._check_open()
+        return self._keys.add_metric(key, points)
 
     def _make_room(
         self,
@@ -318,39 +310,48 @@ class Producer:
         segment: Segment,
         step: Any,
         points: int = 1,
-    ) -> bool:
-        """After a store failed: True if it can be tried again, False if the points were dropped.
+    ) -> Places | None:
+        """After a store failed: None if it can be tried again; else why the points are nowhere.
 
         Raises:
             SpoolFull: There is no room.
             BaseException: ``error`` itself where it was no lack of room; the slot is void then.
         """
+        if self._in_child:
+            return LEFT_TO_PARENT
         if offset + SLOT_SIZE <= len(buffer):
             buffer[offset + STATE_OFFSET] = VOID
             if isinstance(error, struct.error):
                 checked_step(step)
             raise error
-        return self._room.wait_for(lambda: self._advance(segment), points) is not None
+        return None if self._room.wait_for(lambda: self._advance(segment), points) else DROPPED
 
     def _advance(self, full: Segment) -> Segment:
-        """Go on to the segment after ``full``, unless another thread did; the current one."""
-        with self._lock:
+        """Go on to the segment after ``full``, unless that was done already; the current one."""
+        with self._turn:  # else every thread makes the same segment
             self._check_open()
-            reserve, buffer, segment = self._current
-            if segment is not full:
-                return segment
-            self._current = self._next_segment(full.number + 1)
-            self._close_journal()
-            # If room was left, it is taken here, so that the reader does not wait for it.
-            while (offset := reserve()) + SLOT_SIZE <= len(buffer):
-                buffer[offset + STATE_OFFSET] = VOID
+            reserve, buffer, current = self._current
+            if current is not full:
+                return current
+            number = full.number + 1
+            if number not in self._stores:
+                self._stores.setdefault(number, self._new_store(number))
+            store = self._stores[number]
+            if store is not None:
+                # If room was left, it is taken, so that the reader does not wait for it.
+                for offset in _reserve_rest(reserve, buffer):
+                    if offset + SLOT_SIZE <= len(buffer):
+                        buffer[offset + STATE_OFFSET] = VOID
+                self._current = store
+                self._stores[full.number] = None
+            self._check_open()
             return self._current[2]
 
-    def _next_segment(self, number: int) -> tuple[Callable[[], int], Any, Segment]:
+    def _new_store(self, number: int) -> _Store:
         slots = self._segment_slots[number > 0]
         self._room.take(layout.segment_size(slots))
         path = self._path(number, "slots")
-        buffer = new_segment(path, number, slots, durable=self._power)
+        buffer = segment(path, number, slots, durable=self._power)
         reserve = itertools.count(layout.SEGMENT_HEADER_SIZE, SLOT_SIZE).__next__
         return reserve, buffer, Segment(path, number, self._hurry)
 
@@ -361,39 +362,40 @@ class Producer:
             written = self._room.wait_for(lambda: self._write_journal(frame), points)
             if written is None:
                 return DROPPED
-            reserve, buffer, segment, position = written
+            (reserve, buffer, segment), position = written
             slot = (time, float(points), position)
             offset = reserve()
             try:
                 _pack_into(buffer, offset, *slot, offset, key_id, flags, COMMITTED)
             except BaseException as error:
-                if not self._make_room(error, buffer, offset, segment, position, points):
-                    return DROPPED
+                lost = self._make_room(error, buffer, offset, segment, position, points)
+                if lost is not None:
+                    return lost
                 continue
             return segment, offset
 
-    def _write_journal(self, frame: bytes) -> tuple[Callable[[], int], Any, Segment, int]:
+    def _write_journal(self, frame: bytes) -> tuple[_Store, int]:
         """Write to the journal of the current segment; what its slot needs, and the offset."""
-        with self._lock:
-            self._check_open()
-            journal_size = 0 if self._journal is None else self._journal.size
-            if self._current[2].number < 0 or journal_size > self._journal_limit:
-                self._advance(self._current[2])
-            self._room.take(len(frame))
-            reserve, buffer, segment = self._current
-            if self._journal is None:
-                path = self._path(segment.number, "journal")
-                self._journal = GrowingFile(path, durable=self._power)
-            return reserve, buffer, segment, self._journal.write(frame)
+        self._check_open()
+        _, _, segment = self._current
+        number, size = self._journal_end
+        if segment.number < 0 or (segment.number == number and size > self._journal_limit):
+            self._advance(segment)
+        self._room.take(len(frame))
+        store = self._current
+        number = store[2].number
+        position = append_frame(self._path(number, "journal"), frame, durable=self._power)
+        self._journal_end = number, position + len(frame)
+        return store, position
 
     def _check_open(self) -> None:
-        if self._end is not None:
+        if not self._open:
             raise FlowbufferError("this logger is closed; a closed logger takes no more points")
 
     def _path(self, number: int, kind: str) -> Path:
         return self.directory.path / f"{number:08d}.{kind}"
 
-    def _close_journal(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+
+def _reserve_rest(reserve: Any, buffer: Any) -> list[int]:
+    """Reserve what is left of a segment, in one step; the offsets, one or more beyond its end."""
+    return list(itertools.islice(reserve.__self__, len(buffer) // SLOT_SIZE + 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from flowbuffer.clock import Clock
 from flowbuffer.errors import SpoolFull
@@ -13,6 +13,9 @@ from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool
 
 T = TypeVar("T")
+
+#: Drops that are remembered one by one; then they are added up.
+_MANY: Final = 10_000
 
 
 class Room:
@@ -23,23 +26,34 @@ class Room:
         settings: ``max_spool_bytes``, ``when_full`` and ``block_timeout_s``.
         clock: Tells how long a call has waited.
         hurry: Called when there is no room, for delivery to make some.
-
-    Attributes:
-        dropped: Points for which there was none, by reason.
     """
 
     def __init__(
         self, spool: Spool, settings: Settings, clock: Clock, hurry: Callable[[], None]
     ) -> None:
-        self.dropped: Counter[str] = Counter()
         self._spool = spool
         self._settings = settings
         self._clock = clock
         self._hurry = hurry
-        self._lock = threading.RLock()  # a signal handler may log
+        self._dropped: list[int] = []  # points; appended to, in one step, by any thread
+        self._adding_up = threading.Lock()
         self._full_until_s = float("-inf")
         self._full_because = ""
         self._allowance_bytes = 0
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Points for which there was no room, by reason."""
+        return +Counter(spool_full=sum(list(self._dropped)))
+
+    def _drop(self, points: int) -> None:
+        self._dropped.append(points)
+        if len(self._dropped) > _MANY and self._adding_up.acquire(blocking=False):
+            try:
+                count = len(self._dropped)
+                self._dropped[:count] = [sum(self._dropped[:count])]
+            finally:
+                self._adding_up.release()
 
     def take(self, size: int) -> None:
         """Refuse what would make the spool larger than it may be; it is measured seldom.
@@ -75,8 +89,7 @@ class Room:
                 self._full_until_s, self._full_because = now_s + 0.02, str(error)
                 self._hurry()
                 if settings.when_full == "drop_newest":
-                    with self._lock:
-                        self.dropped["spool_full"] += points
+                    self._drop(points)
                     return None
                 if settings.when_full == "raise":
                     raise

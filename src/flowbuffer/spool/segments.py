@@ -1,44 +1,56 @@
-"""New segments, whole and with all their blocks, so that storing a point cannot fail later."""
+"""Segments as they are written: whole, with all their blocks, so that no store can fail later."""
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
+import sys
 from pathlib import Path
+from typing import Any, Final
 
-from flowbuffer.errors import SpoolFull
+from flowbuffer.errors import SpoolError, SpoolFull
 from flowbuffer.spool import layout
-from flowbuffer.spool.files import open_file
+from flowbuffer.spool.files import descriptor_of
 
 #: ``MADV_POPULATE_WRITE`` (Linux 5.14): take the page faults of a segment at once.
 _POPULATE_WRITE = 23
 
+#: A mapping keeps no descriptor of its own, where Python lets us say so (3.13).
+_UNTRACKED: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
-def new_segment(path: Path, number: int, slots: int, *, durable: bool) -> mmap.mmap:
-    """Make the segment ``number`` and map it.
+
+#: Tells apart the unfinished segments of threads that make the same one.
+_serials = itertools.count()
+
+
+def segment(path: Path, number: int, slots: int, *, durable: bool) -> mmap.mmap:
+    """Map the segment ``number``, which is made if it is not there.
+
+    Any number of threads may make one and the same, and an interrupted call may have made it
+    before: the first one stays, and all map that.
 
     Args:
-        path: Where it appears, by a rename, once it is whole.
+        path: Where it appears, once it is whole.
         number: Its place among the producer's segments, from 0.
-        slots: How many points it holds.
+        slots: How many points it holds if it is made.
         durable: Bring it to the disk itself.
 
     Raises:
         SpoolFull: The disk has no room for it.
+        SpoolFormatError: What is at ``path`` is no segment of this format.
     """
-    size = layout.segment_size(slots)
-    unborn = path.with_suffix(".new")
     try:
-        descriptor = open_file(unborn, os.O_RDWR | os.O_CREAT)
-        try:
-            _reserve_blocks(descriptor, size)
-            os.pwrite(descriptor, layout.segment_header(number, slots), 0)
-            buffer = mmap.mmap(descriptor, size)
-            unborn.rename(path)  # the reader finds it whole, or not at all
-        finally:
-            os.close(descriptor)
+        if not path.exists():
+            _make(path, number, slots)
+        with descriptor_of(path, os.O_RDWR) as file:
+            header = os.pread(file.number, layout.SEGMENT_HEADER_SIZE, 0)
+            size = layout.segment_size(layout.parse_segment_header(header, number))
+            buffer = mmap.mmap(file.number, size, **_UNTRACKED)
+    except SpoolError:
+        raise
     except OSError as error:
-        unborn.unlink(missing_ok=True)
+        size = layout.segment_size(slots)
         raise SpoolFull(f"no room for a segment of {size} bytes at {path}: {error}") from error
     try:
         buffer.madvise(_POPULATE_WRITE)
@@ -48,6 +60,21 @@ def new_segment(path: Path, number: int, slots: int, *, durable: bool) -> mmap.m
         buffer.flush()
         sync_directory(path.parent)
     return buffer
+
+
+def _make(path: Path, number: int, slots: int) -> None:
+    unborn = path.with_name(f"{path.stem}.{next(_serials)}.new")
+    try:
+        with descriptor_of(unborn, os.O_RDWR | os.O_CREAT) as file:
+            _reserve_blocks(file.number, layout.segment_size(slots))
+            os.pwrite(file.number, layout.segment_header(number, slots), 0)
+        # Unlike a rename, a link never takes the place of a segment that is there. So the reader
+        # finds it whole, or not at all, and nobody's points are in a file that has lost its name.
+        os.link(unborn, path)
+    except FileExistsError:
+        pass
+    finally:
+        unborn.unlink(missing_ok=True)
 
 
 def _reserve_blocks(descriptor: int, size: int) -> None:
