@@ -298,7 +298,6 @@ class Producer:
     # What is seldom needed: keys, segments, journals, no room.
 
     def _add_key(self, key: Any, points: int = 1) -> int | None:
-        """The id of a metric's key; None if its ``points`` were dropped."""
         self._check_open()
         return self._keys.add_metric(key, points)
 
