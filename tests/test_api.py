@@ -6,6 +6,7 @@ import decimal
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def test_the_public_names() -> None:
         "DeliveryError",
         "FlowbufferError",
         "Handle",
+        "InvalidArgument",
         "InvalidPoint",
         "MetricLogger",
         "Report",
@@ -87,6 +89,39 @@ def test_the_parameters(function: object, parameters: str) -> None:
     assert list(inspect.signature(function).parameters) == parameters.split()  # type: ignore[arg-type]
 
 
+def test_what_is_shown_is_public(tmp_path: Path) -> None:
+    """dir() of the package, of a logger and of a handle show the public names and nothing else but
+    what Python has in every object."""
+    assert dir(flowbuffer) == sorted(flowbuffer.__all__)
+    settings = flowbuffer.Settings(spool_dir=tmp_path / "spool", offline=True)
+    with flowbuffer.MetricLogger("run", settings=settings) as logger:
+        handle = logger.log_metric("loss", 1.0)
+        shown = {name for name in dir(handle) if not name.startswith("__")}
+        assert shown == {"done", "exception", "wait"}
+        shown = {name for name in dir(logger) if not name.startswith("__")}
+    assert shown == {
+        *("close", "closed", "flush", "run_id", "settings", "stats"),
+        *("log_metric", "log_metrics", "log_param", "log_params", "log_series"),
+        *("set_tag", "set_tags"),
+    }
+    assert all(hasattr(logger, name) for name in shown)
+
+
+def test_the_types_are_those_of_a_user() -> None:
+    """mypy, as strict as it can be, takes the right uses of every public name, with text for paths
+    and NumPy's integers for steps, and refuses the wrong ones."""
+    pytest.importorskip("mypy", reason="scripts/check has it")
+    root = Path(__file__).parent.parent
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "tests/typing/api.py"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
 def test_the_import_is_light() -> None:
     """Importing flowbuffer imports neither MLflow nor NumPy nor pandas."""
     code = "import sys, flowbuffer; print({'mlflow', 'numpy', 'pandas'} & set(sys.modules))"
@@ -121,16 +156,28 @@ def test_a_key_that_mlflow_refuses(key: object) -> None:
         (np.float32(0.5), 0.5),
         (np.int8(3), 3.0),
         (np.array(2.5), 2.5),
+        (np.ones(1), 1.0),
+        (np.full((1, 1), 2, np.int8), 2.0),
         (decimal.Decimal("0.25"), 0.25),
         (float("inf"), float("inf")),
     ],
 )
 def test_a_value(value: object, expected: float) -> None:
-    """Python and NumPy numbers, bool, 0-d arrays and whatever has __float__ are values."""
+    """Python and NumPy numbers, bool, arrays of one element and whatever has __float__ are values,
+    as for MLflow."""
+    from mlflow.tracking.metric_value_conversion_utils import (
+        convert_metric_value_to_float_if_possible,
+    )
+
     assert checked_value("k", value) == expected
+    assert convert_metric_value_to_float_if_possible(value) == expected
 
 
-@pytest.mark.parametrize("value", ["1", b"1", None, [1], {}, 1j, object(), 10**400], ids=repr_start)
+@pytest.mark.parametrize(
+    "value",
+    ["1", b"1", None, [1], {}, 1j, object(), 10**400, np.ones(2), np.ones(0)],
+    ids=repr_start,
+)
 def test_what_is_no_value(value: object) -> None:
     """P5: a value that is no number raises at the call and says so."""
     with pytest.raises(InvalidPoint, match="it must be a number"):

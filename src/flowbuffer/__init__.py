@@ -7,14 +7,15 @@ with flowbuffer.MetricLogger() as logger:
         logger.log_metric("loss", 1 / (step + 1), step)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flowbuffer.dropin.switch import Switch, disable, enable
     from flowbuffer.errors import (
         DeliveryError,
         FlowbufferError,
+        InvalidArgument,
         InvalidPoint,
         SettingError,
         SpoolError,
@@ -44,8 +45,9 @@ __version__ = "0.1.0"
 # nothing is switched on (see plugin.py).
 _MODULE_OF = {
     **dict.fromkeys(("Switch", "disable", "enable"), "dropin.switch"),
-    **dict.fromkeys(("DeliveryError", "FlowbufferError", "InvalidPoint", "SettingError"), "errors"),
-    **dict.fromkeys(("SpoolError", "SpoolFormatError", "SpoolFull", "WaitTimeout"), "errors"),
+    **dict.fromkeys(("DeliveryError", "FlowbufferError", "InvalidArgument"), "errors"),
+    **dict.fromkeys(("InvalidPoint", "SettingError", "SpoolError"), "errors"),
+    **dict.fromkeys(("SpoolFormatError", "SpoolFull", "WaitTimeout"), "errors"),
     **dict.fromkeys(("flush", "log_metric", "log_metrics", "log_param", "log_params"), "fluent"),
     **dict.fromkeys(("log_series", "set_tag", "set_tags", "stats"), "fluent"),
     "Handle": "handle",
@@ -58,6 +60,7 @@ __all__ = [
     "DeliveryError",
     "FlowbufferError",
     "Handle",
+    "InvalidArgument",
     "InvalidPoint",
     "MetricLogger",
     "Report",
@@ -84,13 +87,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # for type checkers there is nothing but what is imported above
+
+    def __getattr__(name):
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

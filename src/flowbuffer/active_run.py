@@ -12,7 +12,7 @@ from flowbuffer.environment import (
     environment_run_id,
     environment_tracking_uri,
 )
-from flowbuffer.errors import InvalidPoint
+from flowbuffer.errors import InvalidArgument, described
 from flowbuffer.experiments import find_or_create
 from flowbuffer.transport import absolute_uri
 
@@ -82,14 +82,14 @@ def run_id_of(run: object) -> str | None:
     """The id of what was given as a run: its id, MLflow's ``Run``, or None.
 
     Raises:
-        InvalidPoint: It is none of these.
+        InvalidArgument: It is none of these.
     """
     run_id = getattr(getattr(run, "info", None), "run_id", run)
     if run_id is None or (isinstance(run_id, str) and run_id):
         return run_id
-    raise InvalidPoint(
-        f"the run {run!r:.80} is a {type(run).__name__}; it must be a run's id (a str) or an "
-        "mlflow.entities.Run"
+    raise InvalidArgument(
+        f"the run is {described(run)}; it must be a run's id (a str), or what mlflow.start_run() "
+        "and MlflowClient.get_run() return"
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
+
+from flowbuffer.errors import InvalidArgument, described
 
 
 class Event(Protocol):
@@ -61,6 +63,26 @@ class Clock:
             meanwhile(now_s - start_s)
             self.sleep(min(max(0.001, 0.1 * (now_s - start_s)), 0.5, left_s))
         return True
+
+
+def checked_timeout(timeout: Any) -> float | None:
+    """How long somebody wants to wait, in s; None for as long as it takes.
+
+    Raises:
+        InvalidArgument: It is no number from 0.
+    """
+    if timeout is None:
+        return None
+    try:
+        seconds = math.nan if isinstance(timeout, (str, bytes)) else float(timeout)
+    except Exception:
+        seconds = math.nan
+    if seconds >= 0:
+        return seconds
+    raise InvalidArgument(
+        f"the timeout is {described(timeout)}; it must be seconds, from 0, or None to wait for as "
+        "long as it takes"
+    )
 
 
 SYSTEM_CLOCK = Clock()

@@ -2,7 +2,8 @@
 
     FlowbufferError
     ├── SettingError            also a ValueError: a setting out of its range
-    ├── InvalidPoint            also a ValueError: the caller's key, value, step or timestamp
+    ├── InvalidArgument         also a ValueError: what a caller handed over is not what is wanted
+    │   └── InvalidPoint        a key, value, step or timestamp that cannot be logged
     ├── SpoolError              also an OSError: the spool cannot be used as it is
     │   ├── SpoolFull           no room for another point (see ``when_full``)
     │   └── SpoolFormatError    bytes that this version cannot read
@@ -25,6 +26,20 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def described(value: object) -> str:
+    """``value`` in the message of an error, with its type: ``5, an int``."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = "an object without repr"
+    shown = text if len(text) <= 80 else f"{text[:80]}..."
+    kind = type(value).__name__
+    return f"{shown}, {'an' if kind[0] in _VOWELS else 'a'} {kind}"
+
+
+_VOWELS = "aeioAEIO"
+
+
 class FlowbufferError(Exception):
     """The base of every error raised by flowbuffer."""
 
@@ -33,7 +48,12 @@ class SettingError(FlowbufferError, ValueError):
     """A setting is not what it may be; the message names it, its value and what is allowed."""
 
 
-class InvalidPoint(FlowbufferError, ValueError):
+class InvalidArgument(FlowbufferError, ValueError):
+    """What a caller handed over is not what is wanted; the message says what it is, and what would
+    be right."""
+
+
+class InvalidPoint(InvalidArgument):
     """A key, value, step or timestamp that cannot be logged. No other point is affected.
 
     Attributes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from flowbuffer.active_run import current_uri
+from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.handle import Handle
 from flowbuffer.logger import MetricLogger, starts_runs
 from flowbuffer.report import Report, Stats
@@ -17,14 +18,19 @@ if TYPE_CHECKING:
 
 
 def log_metric(
-    key: str, value: Number, step: int | None = None, timestamp: int | None = None
+    key: str,
+    value: Number,
+    step: SupportsIndex | None = None,
+    timestamp: SupportsIndex | None = None,
 ) -> Handle:
     """:meth:`MetricLogger.log_metric` on the active run; one is started if there is none."""
     return _active_logger().log_metric(key, value, step, timestamp)
 
 
 def log_metrics(
-    metrics: Mapping[str, Number], step: int | None = None, timestamp: int | None = None
+    metrics: Mapping[str, Number],
+    step: SupportsIndex | None = None,
+    timestamp: SupportsIndex | None = None,
 ) -> Handle:
     """:meth:`MetricLogger.log_metrics` on the active run; one is started if there is none."""
     return _active_logger().log_metrics(metrics, step, timestamp)
@@ -66,8 +72,7 @@ def flush(timeout: float | None = None) -> Report:
     Args:
         timeout: The most seconds for all of them together; None waits for as long as it takes.
     """
-    from flowbuffer.clock import SYSTEM_CLOCK
-
+    timeout = checked_timeout(timeout)
     start_s = SYSTEM_CLOCK.monotonic_s()
     reports = []
     for logger in all_loggers():

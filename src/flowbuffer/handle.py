@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.errors import DeliveryError, WaitTimeout
 from flowbuffer.spool.layout import COMMITTED, EMPTY, REJECTED, SEGMENT_HEADER_SIZE, SLOT_SIZE
 from flowbuffer.spool.places import Segment
@@ -32,6 +32,7 @@ class Handle(tuple[Any, ...]):
         Raises:
             DeliveryError: A point was rejected, or was never stored; the message has the reason.
             WaitTimeout: Time was up first. The points are safe and go on being delivered.
+            InvalidArgument: ``timeout`` is no number from 0.
         """
         error = self.exception(timeout)
         if error is not None:
@@ -48,6 +49,7 @@ class Handle(tuple[Any, ...]):
             WaitTimeout: Time was up first.
         """
         clock = SYSTEM_CLOCK
+        timeout = checked_timeout(timeout)
         deadline_s = None if timeout is None else clock.monotonic_s() + timeout
         for pause_s in self._pauses():
             done, error = self._outcome()
@@ -74,6 +76,10 @@ class Handle(tuple[Any, ...]):
             if done:
                 return
             await asyncio.sleep(pause_s)
+
+    def __dir__(self) -> list[str]:
+        own = ("done", "exception", "wait")  # and not what a tuple has
+        return [*own, *(name for name in object.__dir__(self) if name.startswith("__"))]
 
     def __repr__(self) -> str:
         if len(self) == 2 and isinstance(self[0], Segment):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 import weakref
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flowbuffer import job_end
 from flowbuffer.active_run import end_run, find_run, run_id_of, settled_uri
 from flowbuffer.appends import Append, Lenience, then
-from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.delivery import (
     Delivery,
     DeliveryByProcess,
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
     from flowbuffer.passthrough import PassThrough, Silence
 
 _log = logging.getLogger("flowbuffer")
+
+#: What is there for other modules, and not for users.
+_INTERNAL = {"close_at_end", "closes_with_run", "end_of_run", "flush_at_end"} | {
+    "folder",
+    "is_held_up",
+}
 
 
 class MetricLogger(LoggingCalls):
@@ -133,7 +140,7 @@ class MetricLogger(LoggingCalls):
         Returns:
             The counts of this logger; ``pending`` is 0 if everything was settled in time.
         """
-        return self._flush(timeout, progress=False)
+        return self._flush(checked_timeout(timeout), progress=False)
 
     def stats(self) -> Stats:
         """The counts of this logger, and how delivery is doing."""
@@ -148,7 +155,7 @@ class MetricLogger(LoggingCalls):
                 delivered by then stays in the spool.
             failed: The job did not end well: a run that this logger started is marked ``FAILED``.
         """
-        return self._close(timeout, "FAILED" if failed else "FINISHED")
+        return self._close(checked_timeout(timeout), "FAILED" if failed else "FINISHED")
 
     def __enter__(self) -> MetricLogger:
         return self
@@ -163,6 +170,10 @@ class MetricLogger(LoggingCalls):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self._run_id, self._uri, self._settings)
+
+    def __dir__(self) -> list[str]:
+        hidden = re.compile("_[^_]").match
+        return [n for n in object.__dir__(self) if n not in _INTERNAL and not hidden(n)]
 
     def __repr__(self) -> str:
         return f"<MetricLogger of run {self._run_id}>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, SupportsIndex
 
 from flowbuffer.appends import Append
 from flowbuffer.handle import Handle
@@ -34,13 +34,17 @@ class LoggingCalls:
             setattr(self, f"_{name}", method(name))
 
     def log_metric(
-        self, key: str, value: Number, step: int | None = None, timestamp: int | None = None
+        self,
+        key: str,
+        value: Number,
+        step: SupportsIndex | None = None,
+        timestamp: SupportsIndex | None = None,
     ) -> Handle:
         """Log one point.
 
         Args:
             key: As MLflow takes it: letters, digits, spaces and ``_ - . : /``, at most 250.
-            value: Anything with ``__float__``; NaN and infinities are values.
+            value: Anything with ``__float__``, or one element; NaN and infinities are values.
             step: 64 bits, signed. None is 0, as in MLflow.
             timestamp: ms since the epoch, from 0. None is the time of the call.
 
@@ -51,7 +55,10 @@ class LoggingCalls:
         return Handle(self._append(key, value, step, timestamp))
 
     def log_metrics(
-        self, metrics: Mapping[str, Number], step: int | None = None, timestamp: int | None = None
+        self,
+        metrics: Mapping[str, Number],
+        step: SupportsIndex | None = None,
+        timestamp: SupportsIndex | None = None,
     ) -> Handle:
         """Log one point per key, all with one step and one time. The arguments are as in
         :meth:`log_metric`.

@@ -8,6 +8,7 @@ from typing import Any
 from flowbuffer.clock import Clock
 from flowbuffer.spool.layout import PARAM
 from flowbuffer.spool.places import Places
+from flowbuffer.spool.points import checked_mapping
 
 _MAX_BATCH = 1000
 
@@ -50,6 +51,7 @@ class PassThrough:
         self, metrics: Mapping[str, Any], step: Any = None, timestamp: Any = None
     ) -> Places:
         """``MlflowClient.log_batch``."""
+        metrics = checked_mapping("metrics", metrics)
         time = self._now_ms() if timestamp is None else timestamp
         self._log([(key, value, time, step or 0) for key, value in metrics.items()])
         return ()
@@ -69,6 +71,7 @@ class PassThrough:
         """``MlflowClient.log_batch`` of parameters or, as ``kind`` says, tags."""
         from mlflow.entities import Param, RunTag
 
+        texts = checked_mapping("parameters" if kind == PARAM else "tags", texts)
         if kind == PARAM:
             params = [Param(key, str(value)) for key, value in texts.items()]
             self._client.log_batch(self._run_id, params=params, synchronous=True)

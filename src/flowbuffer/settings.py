@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowbuffer.environment import Place, said_of_settings
-from flowbuffer.errors import SettingError
+from flowbuffer.errors import SettingError, described
 from flowbuffer.setting_values import (
     Choice,
     Flag,
@@ -257,7 +257,7 @@ def settings_with(settings: object, changes: Mapping[str, Any]) -> Settings:
         return Settings.from_env(None, **changes)
     if not isinstance(settings, Settings):
         raise SettingError(
-            f"settings is {settings!r:.80}, a {type(settings).__name__}; it must be a Settings, "
-            "as in settings=flowbuffer.Settings(linger_s=0.1)"
+            f"settings is {described(settings)}; it must be a Settings, as in "
+            "settings=flowbuffer.Settings(linger_s=0.1)"
         )
     return settings.with_changes(**changes)

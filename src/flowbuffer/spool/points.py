@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat, SupportsIndex
 
-from flowbuffer.errors import InvalidPoint
+from flowbuffer.errors import InvalidPoint, described
 from flowbuffer.spool.layout import KEY_SEPARATOR, MAX_KEY_LENGTH, PARAM
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def checked_key(key: object) -> str:
         InvalidPoint: It is no string, too long, has other characters, or reads as another path.
     """
     if not isinstance(key, str):
-        raise InvalidPoint(f"the key {_shown(key)}; it must be a str")
+        raise InvalidPoint(f"the key {described(key)}; it must be a str")
     key = str.__str__(key)
     if len(key) > MAX_KEY_LENGTH:
         raise InvalidPoint(
@@ -89,12 +90,29 @@ def checked_value(key: object, value: Any) -> float:
     try:
         if isinstance(value, (str, bytes, bytearray)):
             raise TypeError("text is no number")
-        return float(value)
+        # As MLflow does: of an array or tensor, whatever its dimensions, the only element.
+        return float(value.item() if getattr(value, "ndim", 0) else value)
     except Exception as error:
         raise InvalidPoint(
-            f"the value of {key!r} is {_shown(value)} ({error}); "
-            "it must be a number, or have one element and __float__"
+            f"the value of {key!r} is {described(value)} ({error}); "
+            "it must be a number, or have __float__, or one element"
         ) from error
+
+
+def checked_mapping(what: str, given: Any) -> Mapping[Any, Any]:
+    """``given``, or what its ``items()`` are; ``what`` has keys and values.
+
+    Raises:
+        InvalidPoint: It has no ``items()``.
+    """
+    if type(given) is dict or isinstance(given, Mapping):
+        return given
+    try:
+        return dict(given.items())
+    except Exception:
+        raise InvalidPoint(
+            f"the {what} are {described(given)}; they must be a dict, like {{'name': value}}"
+        ) from None
 
 
 def checked_text(kind: int, key: object, value: Any) -> str:
@@ -195,15 +213,7 @@ def _checked_integer(what: str, given: Any, low: int) -> int:
             raise ValueError("it is out of range")
     except Exception as error:
         raise InvalidPoint(
-            f"the {what} {_shown(given)} is not valid ({error}); "
+            f"the {what} {described(given)} is not valid ({error}); "
             f"it must be a whole number from {low} to {_INT64 - 1}"
         ) from error
     return number
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except Exception:
-        text = "an object without repr"
-    return f"{text[:80]}, a {type(value).__name__}"

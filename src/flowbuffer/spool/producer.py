@@ -30,6 +30,7 @@ from flowbuffer.spool.layout import COMMITTED, EXPLICIT, SERIES, SLOT, SLOT_SIZE
 from flowbuffer.spool.places import DROPPED, LEFT_TO_PARENT, Places, Segment
 from flowbuffer.spool.points import (
     checked_key,
+    checked_mapping,
     checked_series,
     checked_step,
     checked_text,
@@ -162,19 +163,15 @@ class Producer:
             InvalidPoint: As :meth:`append`, after all points that can be logged were stored.
             SpoolFull: There is no room (``when_full``).
         """
-        if step is None:
-            step = 0
-        elif type(step) is not int:
-            step = checked_step(step)
+        step = 0 if step is None else checked_step(step)
         if timestamp is None:
             time, flags = self._now_ns(), 0
         else:
             time, flags = checked_timestamp(timestamp), EXPLICIT
         places: list[Segment | int | str | None] = []
         errors: list[InvalidPoint] = []
-        key_ids = self._key_ids
-        reserve, buffer, segment = self._current
-        for key, value in metrics.items():
+        key_ids, (reserve, buffer, segment) = self._key_ids, self._current
+        for key, value in checked_mapping("metrics", metrics).items():
             try:
                 key_id: int | None = key_ids[key]
                 if type(value) is not float:
@@ -235,6 +232,7 @@ class Producer:
             InvalidPoint: A key or value cannot be logged; nothing of the call was stored.
             SpoolFull: There is no room (``when_full``).
         """
+        texts = checked_mapping("parameters" if kind == layout.PARAM else "tags", texts)
         try:
             checked = {checked_key(key): checked_text(kind, key, texts[key]) for key in texts}
         except InvalidPoint as error:
