@@ -1,20 +1,20 @@
 # Sourced by the scripts beside it. `use_venv GROUP...` goes to the repository's root and puts first
 # on PATH a virtual environment, .venv, that holds the package (editable) and these dependency
 # groups. Installs only what is not there yet; concurrent callers wait for each other.
-# PYTHON names the interpreter for a new one; else the first usable one from 3.10 to 3.13.
+# PYTHON names the interpreter for a new one; else the first usable one from 3.10 to 3.14.
 # A script that needs other versions sets venv before it calls.
 
 venv=.venv
-supported='import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))'
+supported='import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))'
 
 create_venv() {
   local python
-  for python in ${PYTHON:-python3.11 python3.12 python3.13 python3.10 python3}; do
+  for python in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3.10 python3}; do
     if "$python" -c "$supported" 2>/dev/null && "$python" -m venv --clear "$venv" >/dev/null 2>&1; then
       return
     fi
   done
-  echo "no usable Python 3.10 to 3.13 (with venv and pip) found; name one with PYTHON=" >&2
+  echo "no usable Python 3.10 to 3.14 (with venv and pip) found; name one with PYTHON=" >&2
   return 1
 }
 

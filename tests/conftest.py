@@ -21,6 +21,8 @@ from support.backends import (
 from support.collectors import end_collector
 from support.jobs import Job, StartJob, Store
 
+pytest_plugins = ["support.marking"]
+
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when a fixture or a test imports MLflow
 os.umask(0o077)  # what a test writes into a spool is private, as it has to be
 

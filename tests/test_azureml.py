@@ -518,7 +518,7 @@ def test_it_warns_once_of_too_many_names(
         logger.log_metrics({f"name{n}": step for n in range(60)}, step=step)
     if hear() == "flush":
         logger.flush()
-    assert heard.wait(20)
+    assert heard.wait(150)
     for n in range(60, 70):
         logger.log_metric(f"name{n}", 0.0)
     logger.close()
@@ -548,7 +548,7 @@ def test_outside_a_job_nothing_prompts(
     tell = lambda record: heard.set() or True if "DELIVERY=thread" in record.getMessage() else True
     logging.getLogger("flowbuffer").addFilter(tell)
     logger.log_metric("loss", 1.0)
-    assert heard.wait(60)
+    assert heard.wait(150)
     say("told")
     hear()
     """

@@ -27,7 +27,7 @@ from support.backends import MlflowServer, history, make_run
 from support.collectors import collector_pid, end_collector, is_free
 from support.faults import FaultProxy, forward, reset
 from support.jobs import StartJob, Store
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 
 class Rig:
@@ -250,8 +250,8 @@ def test_whoever_waits_needs_no_collector(
     settings = Settings.from_env(delivery="process")
     logger = MetricLogger(run_id, tracking_uri=sqlite_uri, settings=settings)
     for step in range(10):
-        logger.log_metric("loss", -float(step), step).wait(30)
-    assert logger.flush(30).pending == 0
+        logger.log_metric("loss", -float(step), step).wait(PATIENCE_S)
+    assert logger.flush(PATIENCE_S).pending == 0
     assert logger.close().delivered == 10
     assert [m.value for m in history(sqlite_uri, run_id, "loss")] == [-float(s) for s in range(10)]
     assert len([r for r in caplog.records if "no collector process" in r.getMessage()]) == 1
@@ -302,7 +302,7 @@ def test_a_stopgap_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         delivery.push()
         return not FileLock.is_held(lock)
 
-    wait_until(is_handed_over, timeout_s=10)
+    wait_until(is_handed_over)
     delivery.end()
     directory.lock.release()
 
@@ -330,7 +330,7 @@ def test_the_server_is_down_at_the_end(
         assert "flowbuffer sync --spool" in ended.err
         assert "the collector process goes on" in ended.err
         proxy.always(forward)
-        wait_until(lambda: is_free(tmp_path / "spool"), timeout_s=60)
+        wait_until(lambda: is_free(tmp_path / "spool"))
     assert [m.value for m in history(server_sqlite.uri, run_id, "loss")] == [
         -float(step) for step in range(1000)
     ]

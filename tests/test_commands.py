@@ -117,6 +117,7 @@ def test_help_and_status_are_light(spool: Path) -> None:
     code = """
 import sys
 from flowbuffer.cli import main
+from support.waiting import PATIENCE_S
 assert main(["--help"]) == 0 and main(["sync", "--help"]) == 0
 assert not {"mlflow", "numpy", "rich"} & set(sys.modules)
 assert main(["status"]) == 0
@@ -188,7 +189,7 @@ def test_status_is_watched_until_ctrl_c(spool: Path) -> None:
         shown += line
     process.send_signal(signal.SIGINT)
     try:
-        rest, err = process.communicate(timeout=20)
+        rest, err = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 0, err

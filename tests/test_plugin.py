@@ -20,7 +20,7 @@ from flowbuffer.spool.directory import Spool
 from support.backends import MlflowServer, client, copy_sqlite, make_run
 from support.jobs import Ended
 from support.stored import models, rows, stored
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 #: What MLflow's documentation shows, and no word of flowbuffer.
 SCRIPT = """
@@ -116,7 +116,7 @@ class Scripts:
 
 
 def ended(process: subprocess.Popen[str]) -> Ended:
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return Ended(process.returncode, out, err, 0.0)
 
 

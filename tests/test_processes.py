@@ -10,6 +10,7 @@ import pytest
 from flowbuffer import Handle, MetricLogger, Settings
 from support.backends import history, make_run
 from support.jobs import StartJob, Store
+from support.waiting import PATIENCE_S
 
 
 def test_a_forked_child_is_a_producer_of_its_own(start_job: StartJob, store: Store) -> None:
@@ -54,7 +55,7 @@ def test_a_forked_child_is_a_producer_of_its_own(start_job: StartJob, store: Sto
         logger.close()
         """
     )
-    ended = job.end(110)
+    ended = job.end()
     assert ended.status == 0, ended.err
     with MetricLogger(store.run_id()) as logger:  # delivers what the silent children left
         logger.log_metric("next", 1.0)
@@ -75,7 +76,7 @@ def test_a_child_waits_for_a_point_of_its_parent(start_job: StartJob, delivery: 
         handle = logger.log_metric("loss", 1.0)
         pid = os.fork()
         if pid == 0:
-            handle.wait(30)
+            handle.wait(PATIENCE_S)
             os._exit(17 if handle.done() else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 17
         assert handle.done()
@@ -176,7 +177,7 @@ def test_threads_of_one_logger(logger: MetricLogger, sqlite_uri: str) -> None:
             thread.join()
     finally:
         sys.setswitchinterval(switch_s)
-    assert logger.flush(60).pending == 0
+    assert logger.flush(PATIENCE_S).pending == 0
     for number in range(4):
         values = [m.value for m in history(sqlite_uri, logger.run_id, f"t{number}/a")]
         assert values == [-float(step) for step in range(1500)]
@@ -186,13 +187,13 @@ def test_wait_in_another_thread_and_after_close(logger: MetricLogger) -> None:
     """A handle can be waited for in any thread, and after close()."""
     handle = logger.log_metric("loss", 1.0)
     results: list[object] = []
-    thread = threading.Thread(target=lambda: results.append(handle.exception(30)))
+    thread = threading.Thread(target=lambda: results.append(handle.exception(PATIENCE_S)))
     thread.start()
     thread.join()
     assert results == [None]
     series = logger.log_series("series", range(3000))
     logger.close()
-    series.wait(5)
+    series.wait(PATIENCE_S)
     handle.wait(0)
     assert series.done()
     assert handle.done()

@@ -41,7 +41,7 @@ from flowbuffer.spool.states import tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from flowbuffer.transport import Request
 from support.collectors import collector_pid, end_collector, is_empty
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 RUN = "0123456789abcdef0123456789abcdef"
 OTHER_RUN = "f" * 32
@@ -277,7 +277,6 @@ def test_without_an_attack_all_is_delivered(site: Site) -> None:
     assert is_empty(site.root)
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("plant", KINDS)
 @pytest.mark.parametrize("name", FILES)
 def test_a_planted_file(site: Site, outside: Path, name: str, plant: Plant) -> None:
@@ -294,7 +293,6 @@ def test_a_planted_file(site: Site, outside: Path, name: str, plant: Plant) -> N
         assert outcome.values.get("a") == site.whole or outcome.said
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("plant", [link, pipe, folder, somebody_elses])
 @pytest.mark.parametrize("name", ["carry", "rejected.jsonl", "parked.json", "delivery.json"])
 @pytest.mark.parametrize("trouble", ["a point is rejected", "the run is gone"])
@@ -396,7 +394,6 @@ CRAFTED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("case", CRAFTED)
 def test_a_crafted_description(site: Site, case: str) -> None:
     """Whatever a producer.json says with a checksum that matches, it harms nobody else, and is
@@ -424,7 +421,7 @@ def test_no_description_makes_requests_impossible(seconds: float, tmp_path: Path
             return
         logger = MetricLogger(RUN, tracking_uri=server.uri, settings=settings)
         try:
-            logger.log_metric("loss", 1.0).wait(5)
+            logger.log_metric("loss", 1.0).wait(PATIENCE_S)
         finally:
             logger.close(0)
 
@@ -438,7 +435,6 @@ def sparse(path: Path) -> None:
         file.truncate(1 << 30)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", FILES)
 def test_a_sparse_file_of_1_gib(site: Site, name: str) -> None:
     """Memory is bounded whatever the size of a file in the spool, for the collector and for
@@ -542,7 +538,7 @@ def test_hostile_run_ids(run_id: str, tmp_path: Path) -> None:
             return
         with logger:
             assert len(list(tmp_path.glob("spool/*/*"))) == 1
-            logger.log_metric("loss", 1.0).wait(10)
+            logger.log_metric("loss", 1.0).wait(PATIENCE_S)
         assert {batch["run_id"] for batch in server.batches} == {run_id}
         assert set(tmp_path.iterdir()) - before <= {tmp_path / "spool"}
 
@@ -571,7 +567,6 @@ def test_hostile_keys(key: str, tmp_path: Path) -> None:
 # Noise.
 
 
-@pytest.mark.timeout(100)
 def test_a_fuzzed_spool(tmp_path: Path, outside: Path) -> None:
     """300 times, random bytes in random places of random files of one producer: nothing is raised,
     memory is bounded, and all points of the other producers arrive."""
@@ -619,7 +614,6 @@ def fuzzed(random: Random, content: bytes) -> bytes:
 # A logger that lives.
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("plant", [link, pipe, folder])
 @pytest.mark.parametrize(
     "name",
@@ -761,7 +755,7 @@ class Program:
         self.processes.append(process)
         return process
 
-    def end(self, process: Any, timeout_s: float = 60) -> str:
+    def end(self, process: Any, timeout_s: float = PATIENCE_S) -> str:
         """Let it end; what it said."""
         out, err = process.communicate("end\n", timeout=timeout_s)
         assert process.returncode == 0, err
@@ -835,7 +829,7 @@ def test_a_collector_process_and_a_spool_full_of_attacks(
     pid = wait_until(lambda: collector_pid(program.spool))
     expected = [float(index) for index in range(100)]
     wait_until(lambda: server.values("loss") == expected)
-    wait_until(lambda: server.values("b") == server.values("c") == site.whole, timeout_s=20)
+    wait_until(lambda: server.values("b") == server.values("c") == site.whole)
     with Path(f"/proc/{pid}/status").open() as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     assert peak < 600 * 1024, f"{peak // 1024} MiB"
@@ -1075,8 +1069,8 @@ def test_a_fresh_token_takes_over(program: Program, server: HttpServer) -> None:
     )
     second.stdout.readline()
     expected = [float(index) for index in range(100)]
-    wait_until(lambda: server.values("second") == expected, timeout_s=25)
-    wait_until(lambda: server.values("loss") == expected, timeout_s=25)
+    wait_until(lambda: server.values("second") == expected)
+    wait_until(lambda: server.values("loss") == expected)
     assert collector_pid(program.spool) != old
     assert grep(program.spool, TOKEN) == []
     for job in (first, second):

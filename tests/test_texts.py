@@ -31,6 +31,7 @@ from flowbuffer.testing import FakeTransport, ManualClock
 from flowbuffer.transport import Request
 from support.backends import client, history, make_run
 from support.small_spool import RUN, SmallSpool
+from support.waiting import PATIENCE_S
 
 URI = "https://my_host/mlflow"
 ABOUT = MetricKey("loss", "m-0123", "", "")
@@ -647,14 +648,14 @@ def test_what_is_logged_arrives(uri: str) -> None:
     with every call waited for; what is there is what MLflow's own client stores."""
     run_id, own_id = make_run(uri), make_run(uri)
     with MetricLogger(run_id, tracking_uri=uri) as logger:
-        logger.log_params(PARAMS).wait(30)
+        logger.log_params(PARAMS).wait(PATIENCE_S)
         handle = logger.log_param("one", 1)
         logger.set_tag("data", "v6")
-        logger.set_tags(TAGS).wait(30)
+        logger.set_tags(TAGS).wait(PATIENCE_S)
         logger.set_tag("n", 4)
-        handle.wait(30)
+        handle.wait(PATIENCE_S)
         assert handle.done()
-        report = logger.flush(30)
+        report = logger.flush(PATIENCE_S)
         assert (report.delivered, report.rejected) == (len(PARAMS) + len(TAGS) + 3, 0)
     own = client(uri)
     for key, value in [*PARAMS.items(), ("one", 1)]:
@@ -677,10 +678,10 @@ def test_a_conflict_is_on_the_handle(uri: str, caplog: pytest.LogCaptureFixture)
         handle = logger.log_param("p", "mine")
         tag = logger.set_tag("t", "x")
         with pytest.raises(DeliveryError, match=r"'p'.*Changing param values"):
-            handle.wait(30)
-        around.wait(30)
-        tag.wait(30)
-        assert logger.flush(30).rejected == 1
+            handle.wait(PATIENCE_S)
+        around.wait(PATIENCE_S)
+        tag.wait(PATIENCE_S)
+        assert logger.flush(PATIENCE_S).rejected == 1
     assert client(uri).get_run(run_id).data.params == {"a": "1", "b": "2", "p": "theirs"}
     assert caplog.text.count("the param 'p' was rejected") == 1
 
@@ -713,7 +714,7 @@ def test_an_invalid_text_raises(
     with MetricLogger(run_id) as logger:
         with pytest.raises(InvalidPoint):
             getattr(logger, method)(texts)
-        logger.set_tag("after", 1).wait(30)
+        logger.set_tag("after", 1).wait(PATIENCE_S)
     data = client(sqlite_uri).get_run(run_id).data
     assert data.params == {}
     assert "good" not in data.tags
@@ -729,7 +730,7 @@ def test_not_strict_counts_and_goes_on(run_id: str, caplog: pytest.LogCaptureFix
         assert caplog.text.count("'bad key?'") == 1
         with pytest.raises(DeliveryError, match="bad key"):
             handle.wait(0)
-        logger.log_param("good", 1).wait(30)
+        logger.log_param("good", 1).wait(PATIENCE_S)
         assert logger.stats().dropped == {"invalid": 3}
         both = logger.log_params({"fine": 1, "worse?": 2})
         assert both.exception(0) is not None

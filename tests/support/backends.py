@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from support.marks import MARK
 from support.waiting import wait_until
 
 if TYPE_CHECKING:  # importing MLflow takes seconds, and most tests do without
@@ -59,6 +60,7 @@ class MlflowServer:
         self.uri = f"http://127.0.0.1:{self.port}"
         self.log = artifacts_dir / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._mark = os.environ.get(MARK, "")  # also when it is a test that restarts it
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
         self._command += ["--port", str(self.port), "--workers", str(workers)]
         self._command += ["--backend-store-uri", backend_uri]
@@ -75,7 +77,7 @@ class MlflowServer:
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         env = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_SETTINGS)}
-        env["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        env |= {"MLFLOW_DISABLE_TELEMETRY": "true", MARK: self._mark}
         env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # ten processes and 1.3 GB less
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -88,7 +90,7 @@ class MlflowServer:
                 start_new_session=True,
             )
         try:
-            wait_until(self._answers, timeout_s=90, every_s=0.1)
+            wait_until(self._answers, every_s=0.1)
         except BaseException:
             self.kill()
             raise
@@ -97,7 +99,7 @@ class MlflowServer:
         if self._process is None or self._process.poll() is not None:
             raise RuntimeError(f"mlflow server ended:\n{self.log.read_text()[-4000:]}")
         try:
-            with urlopen(f"{self.uri}/health", timeout=5) as response:
+            with urlopen(f"{self.uri}/health", timeout=30) as response:
                 return response.status == 200
         except (URLError, OSError):
             return False
@@ -107,11 +109,11 @@ class MlflowServer:
             return probe.connect_ex(("127.0.0.1", self.port)) != 0
 
     def stop(self) -> None:
-        """End it as an operator would (SIGTERM); what is still there after 10 s is killed."""
+        """End it as an operator would (SIGTERM); what is still there after 30 s is killed."""
         if self._process:
             self._signal_group(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(10)
+                self._process.wait(30)
         self.kill()
 
     def kill(self) -> None:

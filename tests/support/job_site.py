@@ -16,7 +16,7 @@ from support.processes import children, finished, forked, killed, pass_time, rea
 from support.waiting import wait_until
 
 #: How long anything that has to happen may take, in s. A collector takes 2 to 4 to start.
-PATIENCE_S = float(os.environ.get("KILL_ROUNDS_PATIENCE_S", "60"))
+PATIENCE_S = float(os.environ.get("KILL_ROUNDS_PATIENCE_S", "150"))
 #: The longest pause of a thread between its bursts. A server takes some thousand points a second.
 PAUSE_S = 0.3
 

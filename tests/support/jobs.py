@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.waiting import PATIENCE_S
+
 
 @dataclass
 class Ended:
@@ -75,7 +77,7 @@ class Job:
         self.process.stdin.write(word + "\n")
         self.process.stdin.flush()
 
-    def end(self, timeout_s: float = 60) -> Ended:
+    def end(self, timeout_s: float = PATIENCE_S) -> Ended:
         """Wait for its end."""
         start_s = time.monotonic()
         out, err = self.process.communicate(timeout=timeout_s)

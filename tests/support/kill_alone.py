@@ -19,7 +19,7 @@ from support.backends import copy_sqlite, make_run
 from support.logged import Tally, check, log_from_threads, points_returned, stored, value_of
 from support.processes import answer_of, finished, forked, killed, pass_time
 
-DELIVERY_TIMEOUT_S = 60.0
+DELIVERY_TIMEOUT_S = 150.0
 
 Deliver = Callable[[str, str, Path], None]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.waiting import wait_until
 
-LONGEST_S = 120.0
+LONGEST_S = 150.0
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -6,8 +6,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+PATIENCE_S = 150.0
+"""How long anything that has to happen may take. Nobody waits so long unless something is wrong: a
+machine that is busy with ten other things is no reason to fail."""
 
-def wait_until(condition: Callable[[], T], timeout_s: float = 30.0, every_s: float = 0.02) -> T:
+
+def wait_until(
+    condition: Callable[[], T], timeout_s: float = PATIENCE_S, every_s: float = 0.02
+) -> T:
     """Return the first true value of `condition()`; TimeoutError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
