@@ -23,6 +23,7 @@ from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.states import tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.left_over import leave
+from support.waiting import PATIENCE_S
 
 COMMANDS = ("status", "sync", "rejected", "clean", "doctor")
 
@@ -117,7 +118,6 @@ def test_help_and_status_are_light(spool: Path) -> None:
     code = """
 import sys
 from flowbuffer.cli import main
-from support.waiting import PATIENCE_S
 assert main(["--help"]) == 0 and main(["sync", "--help"]) == 0
 assert not {"mlflow", "numpy", "rich"} & set(sys.modules)
 assert main(["status"]) == 0

@@ -24,6 +24,7 @@ import pytest
 
 from flowbuffer import Settings, cli
 from support.backends import client, histories, history, make_run
+from support.waiting import PATIENCE_S
 
 # Of the frameworks and of what they import; nothing that flowbuffer could do differently.
 pytestmark = [
@@ -256,7 +257,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from flowbuffer.integrations.lightning import FlowbufferLogger
-from support.waiting import PATIENCE_S
 
 class Model(pl.LightningModule):
     def __init__(self):

@@ -59,9 +59,9 @@ def test_nothing_is_left(tmp_path: Path, end: str) -> None:
     inner = tmp_path / "test_inner.py"
     inner.write_text(textwrap.dedent(STARTS).replace("ENDS", code))
     stranger = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    arguments = ["-c", os.devnull, f"--rootdir={tmp_path}", *options, str(inner)]
     played = subprocess.run(
-        [sys.executable, "-m", "pytest", *PLUGINS, "-c", os.devnull, f"--rootdir={tmp_path}"]
-        + [*options, str(inner)],
+        [sys.executable, "-m", "pytest", *PLUGINS, *arguments],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),

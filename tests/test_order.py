@@ -10,8 +10,8 @@ import pytest
 
 from flowbuffer import MetricLogger, Settings
 from support.backends import MlflowServer, history, make_run
-from support.workload import Workload, run
 from support.waiting import PATIENCE_S
+from support.workload import Workload, run
 
 POINTS = 500
 """Per thread, in the parametrized workloads. `scripts/order` runs 50,000."""
