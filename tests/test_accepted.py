@@ -23,8 +23,7 @@ from flowbuffer.errors import (
     UnauthorisedError,
 )
 from flowbuffer.handover import collector_environment
-from flowbuffer.spool.layout import COMMITTED, DELIVERED
-from flowbuffer.spool.states import slot_states
+from flowbuffer.spool.outcomes import Outcome, slot_outcomes
 from flowbuffer.testing import FakeTransport, ManualClock
 from flowbuffer.transport import Request
 from support.small_spool import SmallSpool
@@ -67,20 +66,20 @@ def test_a_point_is_delivered_when_it_is_ingested(tmp_path: Path) -> None:
     spool = small_spool(tmp_path)
     places = [spool.producer.append("k", float(value)) for value in range(8)]
 
-    def states() -> list[int]:
-        return [slot_states(segment.path, [offset])[0] for segment, offset in places]
+    def states() -> list[Outcome]:
+        return [slot_outcomes(segment.path, [offset])[0] for segment, offset in places]
 
     for number in range(2):
         steps(spool)
         spool.transport.accept(number)
     steps(spool)
-    assert states() == [COMMITTED] * 8
+    assert states() == [Outcome.PENDING] * 8
     spool.transport.answer(1)
     steps(spool)
-    assert states() == [COMMITTED] * 4 + [DELIVERED] * 4
+    assert states() == [Outcome.PENDING] * 4 + [Outcome.DELIVERED] * 4
     spool.transport.answer()
     steps(spool)
-    assert states() == [DELIVERED] * 8
+    assert states() == [Outcome.DELIVERED] * 8
 
 
 def test_the_sender_is_idle_when_all_is_ingested(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from flowbuffer.errors import (
     TransportError,
     UnauthorisedError,
 )
-from flowbuffer.spool.layout import COMMITTED, DELIVERED, REJECTED
-from flowbuffer.spool.states import dead_letters, delivery_note, parked_reason, slot_states, want
+from flowbuffer.spool import dead_letters
+from flowbuffer.spool.layout import COMMITTED
+from flowbuffer.spool.outcomes import Outcome, slot_outcomes
+from flowbuffer.spool.states import delivery_note, parked_reason, want
 from flowbuffer.testing import FakeTransport
 from flowbuffer.transport import Request
 from support.small_spool import RUN, SmallSpool
@@ -74,10 +76,10 @@ def test_a_point_is_marked_only_when_it_is_stored(tmp_path: Path) -> None:
     for _ in range(3):
         spool.sender.step(hurry=True)
     assert len(spool.transport.waiting) == 1
-    assert slot_states(segment.path, [offset]) == [COMMITTED]
+    assert slot_outcomes(segment.path, [offset]) == [Outcome.PENDING]
     spool.transport.answer()
     spool.sender.step()
-    assert slot_states(segment.path, [offset]) == [DELIVERED]
+    assert slot_outcomes(segment.path, [offset]) == [Outcome.DELIVERED]
 
 
 def test_a_key_is_in_one_request_at_a_time(tmp_path: Path) -> None:
@@ -144,8 +146,8 @@ def test_a_poison_point_is_the_only_dead_letter(tmp_path: Path, poison: int) -> 
     spool.deliver()
     assert spool.values("k") == [float(value) for value in range(1000) if value != poison]
     assert len(spool.transport.requests) <= 24
-    (letter,) = dead_letters(spool.directory.path)
-    assert (letter["key"], letter["value"], letter["reason"]) == ("k", poison, "400 bad point")
+    (letter,) = dead_letters.read(spool.directory.path)
+    assert (letter.key, letter.value, letter.reason) == ("k", poison, "400 bad point")
     assert spool.source.reader.rejected == 1
 
 
@@ -161,7 +163,7 @@ def test_several_poison_points(tmp_path: Path) -> None:
     spool.deliver()
     stored = sorted(value for key in ("k0", "k1", "k2") for value in spool.values(key))
     assert stored == [float(value) for value in range(100) if value not in bad]
-    assert {letter["value"] for letter in dead_letters(spool.directory.path)} == bad
+    assert {letter.value for letter in dead_letters.read(spool.directory.path)} == bad
 
 
 def test_too_large_is_split(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_a_run_that_is_gone_is_parked(tmp_path: Path) -> None:
         spool.sender.step(hurry=True)
     assert spool.sender.gone
     assert parked_reason(spool.directory.path) == "404 no such run"
-    assert slot_states(segment.path, [offset]) == [COMMITTED]
+    assert slot_outcomes(segment.path, [offset]) == [Outcome.PENDING]
     spool.transport.decide = lambda _: None
     spool.deliver()
     assert spool.values("k") == [1.0]
@@ -317,7 +319,7 @@ def test_a_slot_left_empty_does_not_hold_up_the_rest(tmp_path: Path) -> None:
     for _ in range(5):
         spool.sender.step(hurry=True)
     assert sorted(spool.values("k")) == [1.0, 2.0, 3.0]
-    assert slot_states(segment.path, [hole]) == [DELIVERED]
+    assert slot_outcomes(segment.path, [hole]) == [Outcome.DELIVERED]
 
 
 def test_a_rejected_series_point(tmp_path: Path) -> None:
@@ -327,7 +329,7 @@ def test_a_rejected_series_point(tmp_path: Path) -> None:
     segment, offset = spool.producer.append_series("k", [float(v) for v in range(10)])
     spool.deliver()
     assert spool.values("k") == [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0]
-    assert slot_states(segment.path, [offset]) == [REJECTED]
+    assert slot_outcomes(segment.path, [offset]) == [Outcome.REJECTED]
     assert spool.sender.run_id == RUN
 
 
@@ -354,7 +356,7 @@ def test_a_doubtful_error_is_tried_again_before_it_is_believed(tmp_path: Path) -
         spool.producer.append("k", float(value))
     spool.deliver()
     assert spool.values("k") == [float(value) for value in range(20)]
-    assert list(dead_letters(spool.directory.path)) == []
+    assert list(dead_letters.read(spool.directory.path)) == []
 
 
 def test_a_doubtful_error_that_stays_is_believed(tmp_path: Path) -> None:
@@ -367,5 +369,5 @@ def test_a_doubtful_error_that_stays_is_believed(tmp_path: Path) -> None:
         spool.producer.append("k", float(value))
     spool.deliver(3600)
     assert spool.values("k") == [float(value) for value in range(20) if value != 7]
-    assert [letter["value"] for letter in dead_letters(spool.directory.path)] == [7.0]
+    assert [letter.value for letter in dead_letters.read(spool.directory.path)] == [7.0]
     assert len(spool.transport.requests) < 40

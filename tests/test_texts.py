@@ -19,14 +19,16 @@ import pytest
 from flowbuffer import DeliveryError, Handle, InvalidPoint, MetricLogger, Settings, cli
 from flowbuffer.collector import Collector
 from flowbuffer.errors import RejectedError, RetriableError, SpoolFull, TransportError
-from flowbuffer.spool import layout
+from flowbuffer.spool import dead_letters, layout
 from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.info import this_producer
-from flowbuffer.spool.layout import COMMITTED, DELIVERED, PARAM, REJECTED, TAG
+from flowbuffer.spool.layout import PARAM, TAG
+from flowbuffer.spool.outcomes import Outcome as Became
+from flowbuffer.spool.outcomes import slot_outcomes
 from flowbuffer.spool.places import Places
 from flowbuffer.spool.points import MetricKey
 from flowbuffer.spool.producer import Producer
-from flowbuffer.spool.states import dead_letters, slot_states, tally
+from flowbuffer.spool.states import tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from flowbuffer.transport import Request
 from support.backends import client, history, make_run
@@ -37,10 +39,10 @@ URI = "https://my_host/mlflow"
 ABOUT = MetricKey("loss", "m-0123", "", "")
 
 
-def states(places: Places) -> list[int]:
+def states(places: Places) -> list[Became]:
     """Of the slots of a call."""
     return [
-        slot_states(segment.path, [offset])[0]
+        slot_outcomes(segment.path, [offset])[0]
         for segment, offset in zip(places[::2], places[1::2], strict=True)
     ]
 
@@ -70,13 +72,13 @@ def test_the_first_value_of_a_parameter_stays(tmp_path: Path, together: bool) ->
     spool.deliver()
     assert of_run(spool.transport.params) == {"p": "first"}
     assert [states(places) for places in calls] == [
-        [DELIVERED],
-        [REJECTED],
-        [DELIVERED],
-        [REJECTED],
+        [Became.DELIVERED],
+        [Became.REJECTED],
+        [Became.DELIVERED],
+        [Became.REJECTED],
     ]
-    letters = list(dead_letters(spool.directory.path))
-    assert [(one["kind"], one["key"], one["value"]) for one in letters] == [
+    letters = list(dead_letters.read(spool.directory.path))
+    assert [(one.kind, one.key, one.value) for one in letters] == [
         ("param", "p", "second"),
         ("param", "p", "third"),
     ]
@@ -97,7 +99,7 @@ def test_a_conflict_rejects_nothing_else(tmp_path: Path) -> None:
     expected = {f"p{n}": str(n) for n in range(80)} | {"p37": "of another process"}
     assert of_run(spool.transport.params) == expected
     assert of_run(spool.transport.tags) == {f"t{n}": str(n) for n in range(80)}
-    assert [letter["key"] for letter in dead_letters(spool.directory.path)] == ["p37"]
+    assert [letter.key for letter in dead_letters.read(spool.directory.path)] == ["p37"]
     assert spool.source.reader.rejected == 1
     assert len(spool.transport.requests) <= 2 + 2 * 7 + 2
 
@@ -110,12 +112,12 @@ def test_the_last_value_of_a_tag_stays(tmp_path: Path) -> None:
     spool.deliver()
     assert of_run(spool.transport.tags) == {"t": "9"}
     assert [list(request.tags) for request in spool.transport.requests] == [[("t", "9")]]
-    assert all(states(places) == [DELIVERED] for places in calls)
+    assert all(states(places) == [Became.DELIVERED] for places in calls)
     for value in ("back", "0"):
         spool.producer.append_texts(TAG, {"t": value})
         spool.deliver()
     assert of_run(spool.transport.tags) == {"t": "0"}
-    assert not list(dead_letters(spool.directory.path))
+    assert not list(dead_letters.read(spool.directory.path))
 
 
 def test_a_hundred_in_a_request(tmp_path: Path) -> None:
@@ -183,8 +185,8 @@ def test_two_producers_keep_their_order(tmp_path: Path) -> None:
     assert set(sent[1:]) == {"b2"}  # perhaps twice, because the request had a conflict as well
     assert of_run(transport.tags) == {"t": "b2", "mine": "b"}
     assert of_run(transport.params) == {"p": "a"}
-    assert [one["value"] for one in dead_letters(directory.path)] == ["b"]
-    assert not list(dead_letters(spool.directory.path))
+    assert [one.value for one in dead_letters.read(directory.path)] == ["b"]
+    assert not list(dead_letters.read(spool.directory.path))
 
 
 def test_a_restart_sends_the_same(tmp_path: Path) -> None:
@@ -346,7 +348,7 @@ def test_a_conflict_that_is_tried_again_stays_a_conflict(tmp_path: Path) -> None
     for _ in range(2):
         deliver(root, transport)
         (folder,) = root.glob("*/*")
-        assert [one["value"] for one in dead_letters(folder)] == ["mine"]
+        assert [one.value for one in dead_letters.read(folder)] == ["mine"]
         assert cli.main(["rejected", "--spool", str(root), "--retry", "--json"]) == 0
     assert of_run(transport.params) == {"p": "theirs"}
 
@@ -414,7 +416,7 @@ class Sample:
             of_run(transport.tags),
             {(key, step_, value) for _, key, _, step_, value in transport.rows},
             listener.said,
-            len(list(dead_letters(folder))) if folder.exists() else 0,
+            len(list(dead_letters.read(folder))) if folder.exists() else 0,
         )
 
 
@@ -520,11 +522,11 @@ def test_what_was_settled_stays_settled(tmp_path: Path) -> None:
     spool.transport.params[RUN, "b"] = "taken"
     spool.producer.append_texts(PARAM, {"a": "1", "b": "2"})
     spool.deliver()
-    assert len(list(dead_letters(spool.directory.path))) == 1
+    assert len(list(dead_letters.read(spool.directory.path))) == 1
     (spool.directory.path / "00000000.journal").write_bytes(b"")
     spool.new_sender(alive=True)
     step(spool)
-    assert len(list(dead_letters(spool.directory.path))) == 1
+    assert len(list(dead_letters.read(spool.directory.path))) == 1
     assert (spool.source.reader.delivered, spool.source.reader.rejected) == (1, 1)
 
 
@@ -563,8 +565,8 @@ def test_no_room_for_a_text(
     spool.deliver()
     assert of_run(spool.transport.params) == {"before": "1", "p": "value"}
     assert of_run(spool.transport.tags) == {"after": "2"}
-    assert states(places) == [DELIVERED]
-    assert not list(dead_letters(spool.directory.path))
+    assert states(places) == [Became.DELIVERED]
+    assert not list(dead_letters.read(spool.directory.path))
     assert spool.source.reader.problems == []
 
 
@@ -803,7 +805,7 @@ def test_what_a_key_can_be_about(tmp_path: Path, about: Sequence[str], valid: bo
         spool.producer.append(key, 1.0)
         spool.deliver()
         assert spool.values("\0".join(key)) == [1.0]
-        assert not list(dead_letters(spool.directory.path))
+        assert not list(dead_letters.read(spool.directory.path))
     else:
         with pytest.raises(InvalidPoint):
             spool.producer.append(key, 1.0)
@@ -868,7 +870,7 @@ def test_pending_texts_are_counted(tmp_path: Path) -> None:
     found = tally(spool.directory.path)
     assert found is not None
     assert (found.delivered, found.rejected, found.pending) == (0, 0, 3)
-    assert states(places) == [COMMITTED]
+    assert states(places) == [Became.PENDING]
     spool.deliver()
     found = tally(spool.directory.path)
     assert found is not None

@@ -27,10 +27,11 @@ from flowbuffer.errors import SpoolError
 from flowbuffer.sender import Sender
 from flowbuffer.settings import Settings
 from flowbuffer.source import Source
+from flowbuffer.spool import dead_letters
 from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
 from flowbuffer.spool.reader import Reader
-from flowbuffer.spool.states import closed_outcome, has_dead_letters, parked_reason
+from flowbuffer.spool.states import closed_outcome, parked_reason
 from flowbuffer.transport import Transport, absolute_uri
 
 _log = logging.getLogger("flowbuffer")
@@ -324,13 +325,13 @@ class Collector:
         self._forget(stream)
         for problem in stream.reader.problems:
             _log.warning("the spool is damaged: %s", problem)
-        if stream.reader.problems or has_dead_letters(stream.claim.path):
+        if stream.reader.problems or dead_letters.are_in(stream.claim.path):
             self._left.add(stream.claim.path)
             stream.reader.note_done()
             stream.claim.release()
         else:
             try:
-                stream.claim.remove()
+                stream.claim.remove(delivered=stream.reader.delivered_segments)
             except OSError as error:
                 stream.claim.release()
                 _log.warning("%s cannot be removed: %s", stream.claim.path, error)

@@ -124,3 +124,10 @@ class TooLargeError(TransportError):
 
 class RejectedError(TransportError):
     """Any other 4xx: something in the request will never be accepted."""
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether something only cannot be done on this machine now, for want of descriptors, memory,
+    disk or permission. If not, what was read, or is to be sent, is at fault."""
+    at_fault = isinstance(error, (SpoolError, FileNotFoundError))
+    return isinstance(error, (OSError, MemoryError)) and not at_fault

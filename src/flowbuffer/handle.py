@@ -7,9 +7,9 @@ from typing import Any
 
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.errors import DeliveryError, WaitTimeout
-from flowbuffer.spool.layout import COMMITTED, EMPTY, REJECTED, SEGMENT_HEADER_SIZE, SLOT_SIZE
+from flowbuffer.spool.outcomes import Outcome, reasons, slot_outcomes
 from flowbuffer.spool.places import Segment
-from flowbuffer.spool.states import dead_letters, parked_reason, slot_states, want
+from flowbuffer.spool.states import parked_reason, want
 
 
 class Handle(tuple[Any, ...]):
@@ -30,7 +30,8 @@ class Handle(tuple[Any, ...]):
             timeout: The most seconds to wait; None waits for as long as it takes.
 
         Raises:
-            DeliveryError: A point was rejected, or was never stored; the message has the reason.
+            DeliveryError: A point was rejected, was never stored, or nobody knows what became of
+                it; the message has the reason.
             WaitTimeout: Time was up first. The points are safe and go on being delivered.
             InvalidArgument: ``timeout`` is no number from 0.
         """
@@ -39,7 +40,8 @@ class Handle(tuple[Any, ...]):
             raise error
 
     def done(self) -> bool:
-        """Whether every point is delivered, or will not be."""
+        """Whether every point is delivered, or something is known against one: whether
+        :meth:`exception` has an answer."""
         return self._outcome()[0]
 
     def exception(self, timeout: float | None = None) -> DeliveryError | None:
@@ -53,7 +55,7 @@ class Handle(tuple[Any, ...]):
         deadline_s = None if timeout is None else clock.monotonic_s() + timeout
         for pause_s in self._pauses():
             done, error = self._outcome()
-            if done or error is not None:
+            if done:
                 return error
             if deadline_s is not None:
                 left_s = deadline_s - clock.monotonic_s()
@@ -104,29 +106,17 @@ class Handle(tuple[Any, ...]):
         return slots
 
     def _outcome(self) -> tuple[bool, DeliveryError | None]:
-        """Whether nothing is on its way any more, and what went wrong."""
-        done = True
-        reasons = [reason for reason in self[1::2] if isinstance(reason, str)]
+        """Whether there is nothing to wait for any more, and what went wrong."""
+        pending = False
+        why = [reason for reason in self[1::2] if isinstance(reason, str)]
         for segment, offsets in self._slots().items():
-            states = slot_states(segment.path, offsets)
-            if COMMITTED in states or EMPTY in states:
-                done = False
-                parked = parked_reason(segment.path.parent)
+            outcomes = slot_outcomes(segment.path, offsets)
+            why += reasons(segment.path, offsets, outcomes)
+            if Outcome.PENDING in outcomes:
+                pending = True
+                folder = segment.path.parent
+                parked = parked_reason(folder)
                 if parked is not None:
-                    reasons.append(f"{parked} (the points are kept in {segment.path.parent})")
-            rejected = [at for at, state in zip(offsets, states, strict=True) if state == REJECTED]
-            reasons += _reasons(segment, rejected)
-        return done, DeliveryError("; ".join(dict.fromkeys(reasons))) if reasons else None
-
-
-def _reasons(segment: Segment, offsets: list[int]) -> list[str]:
-    """Why these slots were rejected, from the dead letters."""
-    if not offsets:
-        return []
-    slots = {(offset - SEGMENT_HEADER_SIZE) // SLOT_SIZE for offset in offsets}
-    found = [
-        f"{letter.get('key')!r}: {letter.get('reason')}"
-        for letter in dead_letters(segment.path.parent)
-        if letter.get("segment") == segment.number and letter.get("slot") in slots
-    ]
-    return found or ["it was rejected, and the dead letter with the reason is gone"]
+                    why.append(f"{parked} (the points are kept in {folder})")
+        error = DeliveryError("; ".join(dict.fromkeys(why))) if why else None
+        return not pending or error is not None, error

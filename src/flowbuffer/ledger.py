@@ -8,6 +8,7 @@ from typing import Any
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.delivery import Delivery, last_error
 from flowbuffer.report import Report
+from flowbuffer.spool.outcomes import is_there
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import (
     Tally,
@@ -15,7 +16,7 @@ from flowbuffer.spool.states import (
     is_settled,
     last_barrier,
     parked_reason,
-    tally,
+    tally_since,
 )
 
 
@@ -35,14 +36,16 @@ class Ledger:
 
     def counts(self) -> dict[str, Any]:
         """The fields of a :class:`Report`, but for the time that it took."""
-        found, last = tally(self._folder), self._last
-        if found is None:  # all of it is delivered, and the folder is gone
-            found = Tally(delivered=last.delivered + last.pending, rejected=last.rejected)
-        self._last = found
+        try:
+            self._last = tally_since(self._folder, self._last)
+        except OSError:
+            pass  # it cannot be counted now, so as of the last time
+        found = self._last
         return {
             "delivered": found.delivered,
             "rejected": found.rejected,
             "pending": found.pending,
+            "unknown": found.unknown,
             "dropped": dict(self._producer.dropped),
         }
 
@@ -61,7 +64,11 @@ class Ledger:
 
     def is_there(self) -> bool:
         """Whether a collector still has something to do with the folder, once it is closed."""
-        return self._folder.exists() and not delivery_note(self._folder).get("done")
+        try:
+            there = is_there(self._folder)
+        except OSError:
+            there = True
+        return there and not delivery_note(self._folder).get("done")
 
     def is_let_go(self) -> bool:
         """Whether waiting for a closed producer's points is over, or in vain."""
@@ -85,6 +92,11 @@ class Ledger:
                 + f". They are safe in {root}; {self._delivery.goes_on}deliver them with: "
                 f"flowbuffer sync --spool {root}"
             )
+        if report.unknown:
+            words.append(
+                f"run {run_id}: nobody knows what became of {report.unknown} points: what held "
+                f"them was wiped from {root}, or is damaged"
+            )
         if report.rejected or any(report.dropped.values()):
             dropped = ", ".join(f"{count} dropped ({why})" for why, count in report.dropped.items())
             words.append(
@@ -97,4 +109,8 @@ class Ledger:
 
 def is_over(folder: Path) -> bool:
     """Whether waiting for what is in a folder now is over, or in vain."""
-    return is_settled(folder, last_barrier(folder)) or parked_reason(folder) is not None
+    try:
+        barrier = last_barrier(folder)
+    except OSError:
+        return False  # it cannot be looked at now
+    return is_settled(folder, barrier) or parked_reason(folder) is not None

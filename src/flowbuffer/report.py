@@ -17,6 +17,8 @@ class Report:
         delivered: Points in the backend.
         rejected: Points that the server refused for good; they are dead letters in the spool.
         pending: Points in the spool that are to be delivered.
+        unknown: Points of which nobody knows what became: what held them was wiped from the spool,
+            or is damaged.
         dropped: Points that were never stored, by reason: ``spool_full`` (``when_full``),
             ``invalid`` (``strict=False``).
         seconds: How long the call that made this report took.
@@ -25,6 +27,7 @@ class Report:
     delivered: int = 0
     rejected: int = 0
     pending: int = 0
+    unknown: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 

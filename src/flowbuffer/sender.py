@@ -30,7 +30,7 @@ from flowbuffer.retry import RetryPolicy
 from flowbuffer.run_keys import RunKeys
 from flowbuffer.settings import Settings
 from flowbuffer.source import Source
-from flowbuffer.spool.layout import KEY_SEPARATOR, PARAM, TAG
+from flowbuffer.spool.layout import PARAM, TAG
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import is_parked, park
 from flowbuffer.transport import Request, Transport
@@ -50,8 +50,6 @@ DOUBTS_OF_A_PART = 3
 
 #: How soon after the last try a run that is gone is tried again when someone waits for it, in s.
 LOOK_AGAIN_S = 1.0
-
-_KINDS = {0: "metric", PARAM: "param", TAG: "tag"}
 
 
 class Sender:
@@ -344,44 +342,22 @@ class Sender:
                 }
             )
 
-    def _mark(self, rows: Rows, *, rejected: bool = False) -> None:
+    def _mark(self, rows: Rows) -> None:
         for number in np.unique(rows["source"]).tolist():
-            self._source(number).mark(rows, rejected=rejected)
+            self._source(number).mark(rows)
 
     def _reject(self, rows: Rows, error: TransportError) -> None:
         row: Any = rows[0]
         source = self._source(int(row["source"]))
-        number = int(row["key"])
-        kind = self._keys.kind(number)
-        key, *about = self._keys.key(number).split(KEY_SEPARATOR)
-        letter: dict[str, Any] = {
-            "run_id": self.run_id,
-            "kind": _KINDS[kind],
-            "key": key,
-        }
-        if kind:
-            letter["value"] = source.text(row)
-        else:
-            value = float(row["value"])
-            letter["value"] = value if math.isfinite(value) else str(value)
-            letter["step"] = int(row["step"])
-        if about:
-            letter["about"] = about
-        letter |= {
-            "timestamp": int(row["time"]),
-            "reason": error.reason,
-            "segment": int(row["segment"]),
-            "slot": int(row["slot"]),
-        }
+        letter = source.letter(row, error.reason, self.run_id)
         self.failure = error
         self._note()
         try:
-            source.reader.dead_letter(letter)
+            source.reader.bury(letter)
         except OSError as problem:
             # Not marked, so that it stays; whoever delivers the folder next tries it again.
             _log.warning("run %s: a rejected point cannot be kept: %s", self.run_id, problem)
             return
-        self._mark(rows, rejected=True)
         _log.warning(
-            "run %s: the %s %r was rejected: %s", self.run_id, letter["kind"], key, error.reason
+            "run %s: the %s %r was rejected: %s", self.run_id, letter.kind, letter.key, error.reason
         )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from math import isfinite
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flowbuffer.errors import is_passing
 from flowbuffer.ordering import ROW, Rows, TieRule
 from flowbuffer.run_keys import RunKeys
 from flowbuffer.spool.columns import Block
-from flowbuffer.spool.layout import COMMITTED
+from flowbuffer.spool.dead_letters import DeadLetter
+from flowbuffer.spool.layout import COMMITTED, KEY_SEPARATOR, PARAM, TAG
 from flowbuffer.spool.reader import Reader
+
+_KINDS: Final = {0: "metric", PARAM: "param", TAG: "tag"}
 
 
 class Source:
@@ -66,9 +71,39 @@ class Source:
         """
         return self.reader.text(int(row["segment"]), int(row["step"]), int(row["identity"]))
 
-    def mark(self, rows: Rows, *, rejected: bool) -> None:
-        """Those of ``rows`` that are its own are delivered, or rejected."""
+    def letter(self, row: Any, reason: str, run_id: str) -> DeadLetter:
+        """A point as a dead letter; its value is left out if it cannot be read.
+
+        Raises:
+            OSError, MemoryError: It cannot be read now.
+        """
+        number = int(row["key"])
+        kind = self._keys.kind(number)
+        key, *about = self._keys.key(number).split(KEY_SEPARATOR)
+        value = float(row["value"])
+        return DeadLetter(
+            run_id=run_id,
+            kind=_KINDS[kind],
+            key=key,
+            value=self._text_or_none(row) if kind else value if isfinite(value) else str(value),
+            step=None if kind else int(row["step"]),
+            about=tuple(about) or None,
+            timestamp=int(row["time"]),
+            reason=reason,
+            segment=int(row["segment"]),
+            slot=int(row["slot"]),
+        )
+
+    def _text_or_none(self, row: Any) -> str | None:
+        try:
+            return self.text(row)
+        except Exception as error:
+            if is_passing(error):
+                raise
+            return None
+
+    def mark(self, rows: Rows) -> None:
+        """Those of ``rows`` that are its own are delivered."""
         own = rows[rows["source"] == self.number]
         for segment in np.unique(own["segment"]).tolist():
-            slots = own["slot"][own["segment"] == segment]
-            self.reader.mark(segment, slots, rejected=rejected)
+            self.reader.mark(segment, own["slot"][own["segment"] == segment])

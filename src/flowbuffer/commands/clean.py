@@ -8,8 +8,9 @@ from urllib.parse import unquote
 
 from flowbuffer.commands.places import unread_segments
 from flowbuffer.errors import FlowbufferError
+from flowbuffer.spool import dead_letters
 from flowbuffer.spool.directory import Claim, Spool, has_producer
-from flowbuffer.spool.states import has_dead_letters, tally
+from flowbuffer.spool.states import tally
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def folders_with_letters(spool: Spool) -> list[Path]:
     return [
         folder
         for folder in spool.folders()
-        if has_dead_letters(folder) and not unread_segments(folder) and not has_producer(folder)
+        if dead_letters.are_in(folder) and not unread_segments(folder) and not has_producer(folder)
     ]
 
 
@@ -63,7 +64,7 @@ def _clean(spool: Spool, folder: Path, with_rejected: bool) -> Cleaned:
             try:
                 why = _needed(claim, with_rejected)
                 if not why:
-                    claim.remove()
+                    claim.remove(delivered=_delivered_segments(claim.path))
             finally:
                 claim.release()
     except (FlowbufferError, OSError) as error:
@@ -79,6 +80,12 @@ def _needed(claim: Claim, with_rejected: bool) -> str:
     unread = unread_segments(claim.path)
     if unread:
         return f"{', '.join(unread)} cannot be read"
-    if found is not None and has_dead_letters(claim.path) and not with_rejected:
+    if found is not None and dead_letters.are_in(claim.path) and not with_rejected:
         return f"{found.rejected} points were rejected; delete them with: --rejected"
     return ""
+
+
+def _delivered_segments(folder: Path) -> int | None:
+    """How many segments it had, if all points in them are delivered."""
+    found = tally(folder)
+    return found.last + 1 if found and found.total == found.delivered else None

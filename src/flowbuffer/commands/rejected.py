@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,15 @@ from urllib.parse import unquote
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.settings import Settings
+from flowbuffer.spool import dead_letters
+from flowbuffer.spool.dead_letters import DeadLetter
 from flowbuffer.spool.directory import Claim, Spool, has_producer
-from flowbuffer.spool.files import read_file, write_file
 from flowbuffer.spool.info import read_info
 from flowbuffer.spool.layout import FAILED, PARAM, TAG
 from flowbuffer.spool.places import Places
 from flowbuffer.spool.points import MetricKey
 from flowbuffer.spool.producer import Producer
-from flowbuffer.spool.states import closed_outcome, dead_letters, has_dead_letters
+from flowbuffer.spool.states import closed_outcome
 
 _Point = Callable[[Producer], Places]
 
@@ -31,11 +31,7 @@ class Letter:
     Attributes:
         run_id: The run.
         producer: The producer's folder.
-        kind: ``"metric"``, ``"param"`` or ``"tag"``; None for what could not be read.
-        key, value, step, timestamp: Of the point, the timestamp in ms since the epoch; None for
-            what could not be read. A value that JSON has no number for is ``"nan"`` or ``"inf"``.
-        points: How many points it stands for.
-        reason: What the server said, or what is damaged.
+        kind, key, value, step, timestamp, points, reason: As in ``DeadLetter``.
     """
 
     run_id: str
@@ -76,18 +72,18 @@ def rejected(spool: Spool, run_id: str | None = None) -> list[Letter]:
     """
     return [
         Letter(
-            run_id=_run_id(folder, letter),
+            run_id=letter.run_id or _run_id(folder),
             producer=str(folder),
-            kind=letter.get("kind"),
-            key=letter.get("key"),
-            value=letter.get("value"),
-            step=letter.get("step"),
-            timestamp=letter.get("timestamp"),
-            points=letter.get("points", 1),
-            reason=str(letter.get("reason", "")),
+            kind=letter.kind,
+            key=letter.key,
+            value=letter.value,
+            step=letter.step,
+            timestamp=letter.timestamp,
+            points=letter.points,
+            reason=letter.reason,
         )
         for folder in spool.folders(run_id)
-        for letter in dead_letters(folder)
+        for letter in dead_letters.read(folder)
     ]
 
 
@@ -105,7 +101,7 @@ def retry(spool: Spool, settings: Settings, run_id: str | None = None) -> list[R
 
 
 def _folders_with_letters(spool: Spool, run_id: str | None) -> Iterator[Path]:
-    return (folder for folder in list(spool.folders(run_id)) if has_dead_letters(folder))
+    return (folder for folder in list(spool.folders(run_id)) if dead_letters.are_in(folder))
 
 
 def _retry(spool: Spool, folder: Path, settings: Settings) -> Retried:
@@ -119,19 +115,17 @@ def _retry(spool: Spool, folder: Path, settings: Settings) -> Retried:
             folder, "its process still runs" if living else "another process delivers it"
         )
     try:
-        lines = dict.fromkeys(read_file(folder / "rejected.jsonl", limit=1 << 30).splitlines())
+        lines = dead_letters.lines(folder)
         points = {line: point for line in lines if (point := _point(line)) is not None}
         refused = _store(spool, claim, points, settings)
-        kept = [line for line in lines if line not in points or line in refused]
-        if kept:
-            write_file(folder / "rejected.jsonl", b"".join(line + b"\n" for line in kept))
-        else:
-            (folder / "rejected.jsonl").unlink()
+        retried = [line for line in points if line not in refused]
+        dead_letters.remove(folder, retried)
+        kept = len(lines) - len(retried)
         return Retried(
             run_id=claim.info.run_id,
             producer=str(folder),
-            points=len(lines) - len(kept),
-            kept=len(kept),
+            points=len(retried),
+            kept=kept,
             reason="what was damaged in the spool is no point" if kept else "",
         )
     finally:
@@ -161,30 +155,27 @@ def _store(
 
 def _point(line: bytes) -> _Point | None:
     """What logs again what a dead letter is about; None if it is no point."""
+    letter = DeadLetter.parse(line)
+    kinds = {"metric": 0, "param": PARAM, "tag": TAG}
+    if letter is None or letter.kind not in kinds or letter.key is None:
+        return None
+    kind, key, value = kinds[letter.kind], letter.key, letter.value
+    if kind:
+        return lambda producer: producer.append_texts(kind, {key: value})
     try:
-        letter = json.loads(line)
-        key, value = letter["key"], letter["value"]
-        kind = {"metric": 0, "param": PARAM, "tag": TAG}[letter["kind"]]
-        if kind:
-            return lambda producer: producer.append_texts(kind, {key: value})
-        if "about" in letter:
-            key = MetricKey(key, *letter["about"])
-        point = (key, float(value), letter["step"], letter["timestamp"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+        stored: Any = MetricKey(key, *letter.about) if letter.about else key
+        point = (stored, float(value), letter.step, letter.timestamp)  # type: ignore[arg-type]
+    except (ValueError, TypeError):
         return None
     return lambda producer: producer.append(*point)
 
 
 def _all_kept(folder: Path, why: str) -> Retried:
-    kept = sum(1 for _ in dead_letters(folder))
-    return Retried(
-        run_id=_run_id(folder, {}), producer=str(folder), points=0, kept=kept, reason=why
-    )
+    kept = sum(1 for _ in dead_letters.read(folder))
+    return Retried(run_id=_run_id(folder), producer=str(folder), points=0, kept=kept, reason=why)
 
 
-def _run_id(folder: Path, letter: dict[str, Any]) -> str:
-    if "run_id" in letter:
-        return str(letter["run_id"])
+def _run_id(folder: Path) -> str:
     try:
         return read_info(folder).run_id
     except FlowbufferError:

@@ -27,7 +27,7 @@ class ProducerStatus:
             ``ProducerInfo``.
         state: ``alive``; ``closed``, it takes no more points; ``dead``, its process ended without
             closing it, or all of it is settled; ``damaged``, see ``last_error``.
-        pending, delivered, rejected: Points.
+        pending, delivered, rejected, unknown: Points; unknown are those in damaged segments.
         oldest_s: The age of the oldest point that is pending, in s; None if none is.
         last_error: What holds delivery up; empty if nothing is known to.
     """
@@ -45,6 +45,7 @@ class ProducerStatus:
     pending: int = 0
     delivered: int = 0
     rejected: int = 0
+    unknown: int = 0
     oldest_s: float | None = None
     last_error: str = ""
 
@@ -151,6 +152,7 @@ def _counts(folder: Path) -> dict[str, Any] | None:
         "pending": found.pending,
         "delivered": found.delivered,
         "rejected": found.rejected,
+        "unknown": found.unknown,
         "oldest_s": age_s,
     }
 

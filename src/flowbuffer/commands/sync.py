@@ -49,7 +49,8 @@ class SyncReport:
     """What a sync did, with what was in the spool when it began.
 
     Attributes:
-        delivered, rejected, pending: Points.
+        delivered, rejected, pending, unknown: Points; unknown are those whose part of the spool was
+            wiped meanwhile, or is damaged.
         left: Why something is left, by run id; empty if nothing is.
         created: The runs that are others on their server, those of earlier syncs included.
         seconds: How long it took.
@@ -61,6 +62,7 @@ class SyncReport:
     left: dict[str, str]
     created: tuple[CreatedRun, ...]
     seconds: float
+    unknown: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,13 +329,18 @@ class _Sync:
 
     def report(self, seconds: float) -> SyncReport:
         """What became of it."""
-        delivered, rejected, pending = map(
-            sum, zip((0, 0, 0), *(target.what_became() for target in self._targets), strict=True)
-        )
+        became = [target.what_became() for target in self._targets]
+        delivered, rejected, pending, unknown = map(sum, zip((0,) * 4, *became, strict=True))
         left = dict(self._left)
         for target in self._targets:
             if not target.settled:
                 left[target.info.run_id] = self._why(target)
+        for target, (_, _, _, lost) in zip(self._targets, became, strict=True):
+            if lost:
+                left[target.info.run_id] = (
+                    f"nobody knows what became of {lost} points: what held them was wiped, or is "
+                    "damaged"
+                )
         created = []
         for run in self._elsewhere:
             if run.there is not None and run.created:
@@ -353,6 +360,7 @@ class _Sync:
             left=left,
             created=tuple(created),
             seconds=seconds,
+            unknown=unknown,
         )
 
     def _why(self, target: Target) -> str:

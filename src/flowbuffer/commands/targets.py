@@ -16,6 +16,7 @@ from flowbuffer.spool.states import (
     last_barrier,
     segment_numbers,
     tally,
+    tally_since,
     want,
 )
 
@@ -74,17 +75,20 @@ class Target:
         settled = own.reader.delivered + own.reader.rejected - before.delivered - before.rejected
         return min(max(before.pending - settled, 0), before.pending)
 
-    def what_became(self) -> tuple[int, int, int]:
-        """Of the points that were pending at the start: delivered, rejected, pending."""
+    def what_became(self) -> tuple[int, int, int, int]:
+        """Of the points that were pending at the start: delivered, rejected, pending, unknown.
+
+        Raises:
+            OSError: That cannot be known now.
+        """
         before = self.before
-        now = tally(self.folder)
-        if now is None:
-            return before.pending, 0, 0
-        pending = 0 if self.settled else min(now.pending, before.pending)
-        settled = before.pending - pending
+        now = tally_since(self.folder, before)
+        unknown = min(max(now.unknown - before.unknown, 0), before.pending)
+        pending = 0 if self.settled else min(now.pending, before.pending - unknown)
+        settled = before.pending - unknown - pending
         rejected = min(max(now.rejected - before.rejected, 0), settled)
         delivered = min(max(now.delivered - before.delivered, 0), settled - rejected)
-        return delivered, rejected, pending
+        return delivered, rejected, pending, unknown
 
     def hurry(self) -> None:
         """Have whoever delivers it send all of it without lingering."""

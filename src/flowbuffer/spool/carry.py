@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from pathlib import Path
@@ -60,16 +61,27 @@ def write_carry(folder: Path, carry: Carry, segment: Path) -> None:
     """
     *head, derived = carry
     frame = layout.frame(layout.FORMAT_VERSION, _HEAD.pack(*head) + derived)
-    path = folder / "carry"
+    write_in_room_of(segment, folder / "carry", frame)
+
+
+def write_in_room_of(doomed: Path, path: Path, content: bytes) -> None:
+    """Replace a file whole. If the disk is full the room of a doomed file is taken, and then that
+    is gone.
+
+    Raises:
+        OSError: It cannot be written now.
+    """
     try:
-        write_file(path, frame)
-    except OSError:
-        reused = path.with_name(".carry.reused")
-        segment.replace(reused)
+        write_file(path, content)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reused = path.with_name(f".{path.name}.reused")
+        doomed.replace(reused)
         descriptor = open_file(reused, os.O_WRONLY)
         try:
-            os.pwrite(descriptor, frame, 0)
-            os.ftruncate(descriptor, len(frame))
+            os.pwrite(descriptor, content, 0)
+            os.ftruncate(descriptor, len(content))
         finally:
             os.close(descriptor)
         reused.replace(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flowbuffer.errors import SpoolError
+from flowbuffer.spool import removed
 from flowbuffer.spool.files import MOVE_IT, FileLock, check_private, file_system_of, write_file
 from flowbuffer.spool.info import ProducerInfo, read_info
 
@@ -51,12 +52,31 @@ class Claim:
         """Leave the folder to others."""
         self.lock.release()
 
-    def remove(self) -> None:
-        """Delete the folder, and the run's when it was the last one."""
+    def remove(self, *, delivered: int | None) -> None:
+        """Delete the folder, and the run's when it was the last one.
+
+        Args:
+            delivered: How many segments it had, if all points in them are delivered; None if some
+                were rejected. That is recorded, so that a folder that was wiped is not taken for a
+                delivered one (see ``outcomes``).
+        """
+        os.stat(self.path)  # what was wiped was not removed here
+        recorded = self._record(delivered)
         doomed = self.path.with_name(f".{self.path.name}")
         self.path.rename(doomed)  # at once, so that nobody finds half a folder
+        for entry in _entries(doomed):
+            os.unlink(entry.path)
+        if not recorded:
+            self._record(delivered)  # on a full disk, now that there is room
         _delete(doomed)
         self.release()
+
+    def _record(self, delivered: int | None) -> bool:
+        try:
+            removed.write(self.path, delivered)
+        except OSError:
+            return False
+        return True
 
 
 class Spool:

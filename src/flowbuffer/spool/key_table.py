@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from flowbuffer.errors import SpoolError, is_passing
 from flowbuffer.spool import layout
 from flowbuffer.spool.files import read_file
 
@@ -39,7 +40,11 @@ class KeyTable:
         return self._tie_keys[identities]
 
     def known(self, identities: NDArray[np.uint32]) -> list[int]:
-        """Which of these ids the table has."""
+        """Which of these ids the table has.
+
+        Raises:
+            OSError, MemoryError: It cannot be read now.
+        """
         found: list[Any] = np.unique(identities).tolist()
         if any(identity not in self._keys for identity in found):
             self._read()
@@ -47,12 +52,27 @@ class KeyTable:
 
     def _read(self) -> None:
         try:
-            self._keys = layout.parse_keys(read_file(self._path, limit=_MAX_BYTES))
-        except OSError as error:
+            content = read_file(self._path, limit=_MAX_BYTES)
+        except (SpoolError, FileNotFoundError) as error:
             self._problem(f"{self._path} cannot be read: {error}")
             return
-        self._tie_keys = np.arange(max(self._keys, default=-1) + 1, dtype=np.uint32)
+        keys: dict[int, str] = {}
         first: dict[str, int] = {}
-        for identity in sorted(self._keys):
-            metric = self._keys[identity].split(layout.KEY_SEPARATOR)[0]
-            self._tie_keys[identity] = first.setdefault(metric, identity)
+        tie_keys: dict[int, int] = {}
+        for identity, payload in layout.key_frames(content):
+            try:
+                key = payload.decode()
+                tie_keys[identity] = first.setdefault(metric_of(key), identity)
+                keys[identity] = key
+            except Exception as error:
+                if is_passing(error):
+                    raise
+                self._problem(f"{self._path}, key {identity} cannot be read: {error!r}")
+        self._tie_keys = np.arange(max(keys, default=-1) + 1, dtype=np.uint32)
+        self._tie_keys[[*tie_keys]] = [*tie_keys.values()]
+        self._keys = keys
+
+
+def metric_of(key: str) -> str:
+    """The name of the metric, without what it is about."""
+    return key.split(layout.KEY_SEPARATOR)[0]

@@ -14,7 +14,12 @@
         delivery.json                how delivery is doing: for people, no promise rests on it
         rejected.jsonl               dead letters, one JSON object a line
         00000000.damaged             a segment that could not be read, kept
+        00000000.states              what became of the slots of a segment that was deleted, if not
+                                     all of them are delivered (see ``outcomes``)
+        00000000.lost                this segment was found missing; empty
+        retried.jsonl                dead letters whose points were put into the spool again
         parked.json                  why this run takes no more points, if it does not
+      removed, removed.old           which folders were removed whole (see ``removed``)
 
 **Segment**: a header of 64 bytes, then slots of 40.
 
@@ -81,6 +86,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any, Final
 
 from flowbuffer.errors import SpoolFormatError
@@ -251,9 +257,8 @@ def parse_frame(
     return identity, payload
 
 
-def parse_keys(data: bytes) -> dict[int, str]:
-    """The key table: every key whose frame is whole, by its id. Damaged frames are passed over."""
-    keys: dict[int, str] = {}
+def key_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The whole frames of a key table: ids, and payloads. Damaged ones are passed over."""
     # Ids count from 0, but for those of calls that were interrupted before they wrote a frame.
     most = len(data) // FRAME_HEADER.size + _SKIPPED_IDS
     position = data.find(FRAME_MAGIC)
@@ -261,9 +266,8 @@ def parse_keys(data: bytes) -> dict[int, str]:
         try:
             identity, payload = parse_frame(data, position, MAX_KEY_BYTES)
             if identity < most:
-                keys[identity] = payload.decode()
+                yield identity, payload
             position += FRAME_HEADER.size + len(payload)
-        except (SpoolFormatError, UnicodeDecodeError):
+        except SpoolFormatError:
             position += 1
         position = data.find(FRAME_MAGIC, position)
-    return keys

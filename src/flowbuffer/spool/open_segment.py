@@ -24,6 +24,7 @@ class OpenSegment:
         number: Its place among the producer's segments.
         columns: Its slots, over the mapped file.
         fields: Those of its header, from ``wanted`` on, over the mapped file.
+        is_whole: Its file was not cut off.
 
     Attributes:
         slots: How many it has.
@@ -33,7 +34,14 @@ class OpenSegment:
         carry: What was derived from the points up to its end; None until it is read to its end.
     """
 
-    def __init__(self, number: int, columns: NDArray[Any], fields: NDArray[np.uint32]) -> None:
+    def __init__(
+        self,
+        number: int,
+        columns: NDArray[Any],
+        fields: NDArray[np.uint32],
+        *,
+        is_whole: bool = True,
+    ) -> None:
         self.number = number
         self.columns = columns
         self.fields = fields
@@ -42,6 +50,7 @@ class OpenSegment:
         self.seen = 0
         self.unsettled = 0
         self.carry: bytes | None = None
+        self._is_whole = is_whole
         self._states: NDArray[np.uint8] = columns["state"]
         self._left = np.zeros(self.slots, np.int32)  # points on their way, by slot
         self._has_rejected = np.zeros(self.slots, np.bool_)
@@ -75,15 +84,21 @@ class OpenSegment:
             self._hole_since_s = (slot, now_s)
         elif now_s - self._hole_since_s[1] >= HOLE_TIMEOUT_S:
             self._holes[slot] = now_s + LATE_TIMEOUT_S
+            self._is_whole = False
             self._states[slot] = VOID
             self._hole_since_s = None
 
-    def late_slots(self) -> list[int]:
-        """Slots that were passed over and are stored now; each is given once."""
-        late = [slot for slot in self._holes if self._states[slot] == COMMITTED]
-        for slot in late:
-            del self._holes[slot]
-        return late
+    def late_slot(self) -> int | None:
+        """A slot that was passed over and is stored now; the same until :meth:`late_is_read`."""
+        return next((slot for slot in self._holes if self._states[slot] == COMMITTED), None)
+
+    def late_is_read(self, slot: int) -> None:
+        """What :meth:`late_slot` gave is read."""
+        del self._holes[slot]
+
+    def is_delivered(self) -> bool:
+        """Whether every point of it that is settled was delivered, and none can be missing."""
+        return self._is_whole and REJECTED not in self._states
 
     def may_be_late(self, now_s: float) -> bool:
         """Whether a slot that was passed over may still be stored."""

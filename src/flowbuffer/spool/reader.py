@@ -8,9 +8,6 @@ the same after a restart; what was derived at the end of a deleted segment is ke
 from __future__ import annotations
 
 import json
-import os
-import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowbuffer.clock import Clock
-from flowbuffer.errors import SpoolError
-from flowbuffer.spool import layout
+from flowbuffer.errors import SpoolError, is_passing
+from flowbuffer.spool import dead_letters, layout
+from flowbuffer.spool.blocks import Blocks, no_columns
 from flowbuffer.spool.carry import Carry, read_carry, write_carry
-from flowbuffer.spool.columns import (
-    Block,
-    mapped_segment,
-    series_columns,
-    sound_slots,
-    text_at,
-)
-from flowbuffer.spool.files import open_file, write_file
+from flowbuffer.spool.columns import Block, mapped_segment, text_at
+from flowbuffer.spool.dead_letters import DeadLetter
+from flowbuffer.spool.files import write_file
 from flowbuffer.spool.key_table import KeyTable
-from flowbuffer.spool.layout import (
-    COMMITTED,
-    DELIVERED,
-    EMPTY,
-    EXPLICIT,
-    REJECTED,
-    SERIES,
-    TEXT,
-    VOID,
-)
+from flowbuffer.spool.layout import COMMITTED, DELIVERED, REJECTED
 from flowbuffer.spool.open_segment import OpenSegment
+from flowbuffer.spool.outcomes import Outcome, is_there, keep_states, segment_outcome
 from flowbuffer.spool.states import points_in, segment_numbers
 
 
@@ -71,6 +56,7 @@ class Reader:
         self._closed = False
         self._note: dict[str, Any] = {}
         self._keys = KeyTable(folder / "keys", self.problems.append)
+        self._blocks = Blocks(folder, self._keys, self._bury)
         self._open: list[OpenSegment] = []
         self._first = 0  # the number of the oldest segment that may exist
         self._next = 0  # the number of the next segment to open
@@ -90,7 +76,10 @@ class Reader:
         """Everything that the producer wrote was read, and it writes no more."""
         if self._reading() or not self.finished:
             return False
-        return not any(number >= self._next for number in self._numbers())
+        try:
+            return not any(number >= self._next for number in self._numbers())
+        except OSError:
+            return False  # they cannot be listed now
 
     @property
     def settled(self) -> bool:
@@ -121,12 +110,16 @@ class Reader:
         return text_at(journal, position, identity)
 
     def read(self, limit: int) -> Block | None:
-        """The next points, about ``limit`` of them; None if there are none now.
+        """The next points, about ``limit`` of them; None if there are none now. After an error they
+        can be read again.
 
         Points of a living producer are given out one look after they were first seen, so that all
         of a slot is visible when its state is, on weakly ordered processors too.
+
+        Raises:
+            OSError, MemoryError: They cannot be read now.
         """
-        late = self._late_points()
+        late = self._late_point()
         if late is not None:
             return late
         segment = self._reading() or self._open_next()
@@ -155,12 +148,18 @@ class Reader:
         self._segment(segment_number).carry = carry
 
     def retire(self) -> None:
-        """Delete the oldest segments of which nothing is left to deliver."""
+        """Delete the oldest segments of which nothing is left to deliver.
+
+        Raises:
+            OSError: One cannot be deleted now; it can be tried again.
+        """
         while self._open:
             segment = self._open[0]
             if segment.carry is None or segment.unsettled or self._may_be_late(segment):
                 return
-            self.carry = segment.carry
+            path = self._path(segment.number)
+            if not segment.is_delivered():
+                keep_states(path, segment.columns["state"].tobytes())
             # A restart counts what is settled in later segments again.
             delivered, rejected = (
                 sum(later.settled_points(state) for later in self._open[1:])
@@ -172,25 +171,31 @@ class Reader:
                 max(self.rejected - rejected, 0),
                 segment.carry,
             )
-            write_carry(self.folder, carry, self._path(segment.number))
+            write_carry(self.folder, carry, path)
+            self.carry = segment.carry
             self._open.pop(0)
             self._delete(segment.number)
             self._first = segment.number + 1
 
+    @property
+    def delivered_segments(self) -> int | None:
+        """Of a settled folder, how many segments it had, if all points are delivered; None if some
+        are not."""
+        return None if self.rejected or self.problems else self._next
+
+    def bury(self, letter: DeadLetter) -> None:
+        """Keep a point that was given out as a dead letter; it is rejected then.
+
+        Raises:
+            OSError: The letter cannot be written now; the point is as it was.
+        """
+        assert letter.segment is not None
+        dead_letters.append(self.folder, letter)
+        self.mark(letter.segment, np.array([letter.slot], np.int32), rejected=True)
+
     def hurried(self) -> bool:
         """Whether someone waits for a point that is not settled."""
         return any(segment.is_hurried() for segment in self._open)
-
-    def dead_letter(self, letter: dict[str, Any]) -> None:
-        """Append to ``rejected.jsonl``; call it before :meth:`mark`."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-        descriptor = open_file(self.folder / "rejected.jsonl", flags)
-        try:
-            size = os.fstat(descriptor).st_size
-            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-            os.write(descriptor, b"\n" * bool(torn) + json.dumps(letter).encode() + b"\n")
-        finally:
-            os.close(descriptor)
 
     def note(self, note: dict[str, Any]) -> None:
         """Tell how delivery is doing (``delivery.json``), if that is news."""
@@ -230,31 +235,33 @@ class Reader:
             self._closed = True
         if segment.next_slot >= last:
             return segment.slots
-        ended = self._closed or self._path(segment.number + 1).exists()
+        ended = self._closed or is_there(self._path(segment.number + 1))
         end = segment.look(last, self._clock.monotonic_s(), ended=ended)
         return min(end, segment.next_slot + limit)
 
-    def _late_points(self) -> Block | None:
+    def _late_point(self) -> Block | None:
         for segment in list(self._open):
-            late = segment.late_slots()
-            if late:
-                slots = np.array(late, dtype=np.int32)
-                return self._block(segment, slots, segment.next_slot, 1 << 62)
+            slot = segment.late_slot()
+            if slot is not None:
+                slots = np.array([slot], dtype=np.int32)
+                block = self._block(segment, slots, segment.next_slot, 1 << 62)
+                segment.late_is_read(slot)
+                return block
         return None
 
     def _may_be_late(self, segment: OpenSegment) -> bool:
         return not self.finished and segment.may_be_late(self._clock.monotonic_s())
 
     def _open_next(self) -> OpenSegment | None:
-        path = self._path(self._next)
-        if not path.exists():
+        while not is_there(path := self._path(self._next)):
             later = [number for number in self._numbers() if number > self._next]
             if not later:
                 return None
-            if not path.exists():  # and was not made while we looked
-                self._problem(f"{path} is missing; what it held was wiped from the spool")
-                self._next = later[0]
-                path = self._path(self._next)
+            if not is_there(path):  # and was not made while we looked
+                if segment_outcome(path) is Outcome.UNKNOWN:
+                    self._problem(f"{path} is missing; what it held was wiped from the spool")
+                    write_file(path.with_suffix(".lost"), b"")
+                self._next += 1
         number = self._next
         try:
             columns, fields, missing = mapped_segment(path, number)
@@ -265,43 +272,42 @@ class Reader:
             return self._open_next()
         if missing:
             self._problem(f"{path} was cut off: {missing} of its slots are missing")
-        segment = OpenSegment(number, columns, fields)
+        segment = OpenSegment(number, columns, fields, is_whole=not missing)
         self._open.append(segment)
         self._next = number + 1
         return segment
 
-    # From slots to columns.
+    # From slots to points.
 
     def _block(
         self, segment: OpenSegment, slots: NDArray[np.int32], end: int, limit: int
     ) -> Block | None:
         """These slots as points; the segment is read up to ``end`` then, or less far if that is
-        more than ``limit`` points."""
-        rows = segment.columns[slots]
-        present = (rows["state"] != VOID) & (rows["state"] != EMPTY)
-        slots, rows = slots[present], rows[present]
-        sound = sound_slots(slots, rows, self._keys.known(rows["key"]))
-        for slot, row in zip(slots[~sound].tolist(), rows[~sound], strict=True):
-            self._bury(segment, slot, row.tobytes(), "the slot is damaged")
-        for at in np.flatnonzero(sound & ((rows["flags"] & TEXT) != 0)).tolist():
-            sound[at] = self._has_text(segment, int(slots[at]), rows[at])
-        slots, rows = slots[sound], rows[sound]
-        explicit = (rows["flags"] & EXPLICIT) != 0
-        time = np.where(explicit, rows["time"], rows["time"] // 1_000_000)
-        kind = (rows["flags"] & TEXT).astype(np.uint8)
-        names = ("value", "step", "state")
-        columns = [slots, rows["key"], time, explicit, *(rows[name] for name in names), kind]
-        series = np.flatnonzero(rows["flags"] & SERIES)
-        if len(series):
-            columns, last = self._with_series(segment, columns, series, limit)
-            if last is not None:
-                end = last + 1
+        more than ``limit`` points.
+
+        Nothing is read unless all of it is, so that it can be tried again. Slots that cannot be
+        read for what is in them are read in halves, down to the one at fault.
+
+        Raises:
+            OSError, MemoryError: They cannot be read now.
+        """
+        try:
+            columns, end, buried = self._blocks.columns(segment, slots, end, limit)
+        except Exception as error:
+            if is_passing(error):
+                raise
+            if len(slots) > 1:
+                half = len(slots) // 2
+                return self._block(segment, slots[:half], int(slots[half]), limit)
+            self._bury(segment, int(slots[0]), f"it cannot be read: {error!r}")
+            columns, buried = no_columns(), slots
         block_slots, state = columns[0], columns[6]
         unsettled = block_slots[state == COMMITTED]
         segment.send(unsettled)
         self.on_their_way += len(unsettled)
         self.delivered += int((state == DELIVERED).sum())
         self.rejected += int((state == REJECTED).sum())
+        self.rejected += points_in(segment.columns[buried], REJECTED)
         # Only now, so that whoever counts meanwhile counts a point twice rather than never.
         ends = segment.next_slot < end == segment.slots
         segment.next_slot = end
@@ -309,65 +315,27 @@ class Reader:
             return None
         return Block(segment.number, ends, *columns)
 
-    def _with_series(
-        self,
-        segment: OpenSegment,
-        columns: Sequence[NDArray[Any]],
-        series: NDArray[np.intp],
-        limit: int,
-    ) -> tuple[list[NDArray[Any]], int | None]:
-        """The columns with each series in place of its slot, cut when ``limit`` points are there.
+    def _bury(self, segment: OpenSegment, slot: int, reason: str) -> None:
+        """Keep what cannot be read as a dead letter, so that it neither blocks nor disappears.
 
-        Returns the columns and, if they were cut, the last slot that is in them.
+        Raises:
+            OSError: The letter cannot be written now; the slot is as it was.
         """
-        parts: list[Sequence[NDArray[Any]]] = []
-        count = first = 0
-        last: int | None = None
-        for at in series.tolist():
-            parts.append([column[first:at] for column in columns])
-            count += at - first
-            first = at + 1
-            points = self._series(segment, [column[at] for column in columns])
-            if points is not None:
-                parts.append(points)
-                count += len(points[0])
-            if count >= limit and first < len(columns[0]):
-                last = int(columns[0][at])
-                break
-        else:
-            parts.append([column[first:] for column in columns])
-        return [np.concatenate(column) for column in zip(*parts, strict=True)], last
-
-    def _series(self, segment: OpenSegment, slot: Sequence[Any]) -> Sequence[NDArray[Any]] | None:
-        """The points of a series slot as columns; None if its frame is damaged."""
-        try:
-            return series_columns(self._path(segment.number).with_suffix(".journal"), slot)
-        except (OSError, struct.error) as error:
-            index, value = int(slot[0]), slot[4]
-            raw = segment.columns[index].tobytes()
-            self._bury(segment, index, raw, f"a series of {value:g} points is damaged: {error}")
-            return None
-
-    def _has_text(self, segment: OpenSegment, slot: int, row: Any) -> bool:
-        """Whether the frame of a parameter or tag is whole; if not, it is a dead letter."""
-        if row["state"] == COMMITTED:
-            try:
-                self.text(segment.number, int(row["step"]), int(row["key"]))
-            except (OSError, struct.error) as error:
-                self._bury(segment, slot, row.tobytes(), f"a parameter or tag is damaged: {error}")
-                return False
-        return True
-
-    def _bury(self, segment: OpenSegment, slot: int, raw: bytes, reason: str) -> None:
-        """Keep what cannot be read as a dead letter, so that it neither blocks nor disappears."""
         if segment.columns["state"][slot] in (DELIVERED, REJECTED):
             return
-        self._problem(f"{self._path(segment.number)}, slot {slot}: {reason}")
-        letter = {"segment": segment.number, "slot": slot, "reason": reason, "bytes": raw.hex()}
+        row = segment.columns[slot : slot + 1]
+        as_rejected = row.copy()
+        as_rejected["state"] = REJECTED
+        letter = DeadLetter(
+            segment=segment.number,
+            slot=slot,
+            reason=reason,
+            raw=row.tobytes().hex(),
+            points=points_in(as_rejected, REJECTED),
+        )
+        dead_letters.append(self.folder, letter)
         segment.columns["state"][slot] = REJECTED
-        points = points_in(segment.columns[slot : slot + 1], REJECTED)
-        self.dead_letter(letter if points == 1 else {**letter, "points": points})
-        self.rejected += points
+        self._problem(f"{self._path(segment.number)}, slot {slot}: {reason}")
 
     # Files.
 

@@ -8,60 +8,120 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from flowbuffer.errors import SpoolError, SpoolFormatError
-from flowbuffer.spool import layout
+from flowbuffer.errors import SpoolError
+from flowbuffer.spool import dead_letters, layout
 from flowbuffer.spool.carry import Carry, read_carry
 from flowbuffer.spool.files import open_file, read_file, write_file
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, EXPLICIT, REJECTED, SERIES
+from flowbuffer.spool.outcomes import Outcome, folder_outcome, is_there, segment_outcome
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: As much of ``rejected.jsonl`` is read; what is beyond it is kept, and not counted.
-_MAX_LETTERS_BYTES: Final = 64 << 20
-
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of a producer's points. ``oldest_ms``: the time of one that is pending, of the
-    first that was logged, in ms since the epoch; None if none is."""
+    """What became of a producer's points.
+
+    ``oldest_ms``: the time of one that is pending, of the first that was logged, in ms since the
+    epoch; None if none is. ``unknown``: points of which nobody knows what became. ``last``: the
+    number of the newest segment that was seen. ``is_whole``: no segment is missing without a record
+    of why, so that no point is. ``retried``: rejected ones that were put into the spool again.
+    """
 
     delivered: int = 0
     rejected: int = 0
     pending: int = 0
     oldest_ms: int | None = None
+    unknown: int = 0
+    last: int = -1
+    is_whole: bool = True
+    retried: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.delivered + self.rejected + self.pending + self.unknown + self.retried
 
 
-def tally(folder: Path) -> Tally | None:
-    """Count a producer's points; None if the folder is gone, because all of them are delivered."""
+def tally(folder: Path, last: int = -1) -> Tally | None:
+    """Count a producer's points; None if the folder is gone (see :func:`tally_since`).
+
+    Args:
+        folder: Of the producer.
+        last: The number of a segment that it is known to have had.
+
+    Raises:
+        OSError: They cannot be counted now.
+    """
     while True:
         carried = _carried(folder)
         first, settled = carried.first, carried.delivered + carried.rejected
-        pending, oldest_ms = 0, None
-        for number in segment_numbers(folder):
+        refused = unknown = pending = 0
+        oldest_ms = None
+        numbers = segment_numbers(folder)
+        for number in numbers:
             if number >= first:
-                rows = _slots(folder / f"{number:08d}.slots")
+                rows = _slots(_segment(folder, number))
                 waiting = points_in(rows)
                 settled += points_in(rows, DELIVERED) + points_in(rows, REJECTED)
+                refused += int((rows["state"] == REJECTED).sum())  # a point of each at least
                 pending += waiting
                 if waiting and oldest_ms is None:
                     oldest_ms = _time_ms(rows[rows["state"] == COMMITTED][0])
-        if not folder.exists():
+        last = max(last, *numbers) if numbers else last
+        absent = set(range(first, last + 1)) - {*numbers}
+        why = {segment_outcome(_segment(folder, number)) for number in absent}
+        is_whole = Outcome.UNKNOWN not in why and not names_in(folder, ".lost")
+        for name in names_in(folder, ".damaged"):
+            unknown += points_in(_slots(folder / name))
+        letters, retried = dead_letters.count(folder)
+        if not is_there(folder):
             return None
         if _carried(folder) == carried:  # no segment was deleted meanwhile
-            rejected = min(_rejected_points(folder), settled)
-            return Tally(settled - rejected, rejected, pending, oldest_ms)
+            # A letter that is gone makes no point delivered.
+            refused = max(letters + retried or carried.rejected + refused, refused)
+            refused = min(refused, settled)
+            return Tally(
+                settled - refused,
+                max(refused - retried, 0),
+                pending,
+                oldest_ms,
+                unknown,
+                last,
+                is_whole,
+                retried=min(retried, refused),
+            )
+
+
+def tally_since(folder: Path, before: Tally) -> Tally:
+    """Count a producer's points again. What was counted before, and is nowhere now without a record
+    of why, is unknown.
+
+    Raises:
+        OSError: They cannot be counted now.
+    """
+    found = tally(folder, before.last)
+    if found is not None:
+        missing = 0 if found.is_whole else max(before.total - found.total, 0)
+        return replace(found, unknown=found.unknown + missing)
+    outcome = folder_outcome(folder, max(before.last, 0))
+    if outcome is Outcome.PENDING:
+        return before
+    gone = replace(before, pending=0, oldest_ms=None)
+    if outcome is Outcome.DELIVERED:
+        return replace(gone, delivered=before.delivered + before.pending)
+    return replace(gone, unknown=before.unknown + before.pending)
 
 
 def _carried(folder: Path) -> Carry:
     try:
         return read_carry(folder)
-    except (OSError, SpoolFormatError):
+    except SpoolError:
         return Carry()
 
 
@@ -69,17 +129,33 @@ def _time_ms(row: Any) -> int:
     return int(row["time"]) // (1 if row["flags"] & EXPLICIT else 1_000_000)
 
 
+def _segment(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.slots"
+
+
 def segment_numbers(folder: Path) -> list[int]:
-    """The numbers of the segments in a producer's folder, rising."""
+    """The numbers of the segments in a producer's folder, rising.
+
+    Raises:
+        OSError: They cannot be listed now.
+    """
+    return sorted(int(n[:-6]) for n in names_in(folder, ".slots") if n[:-6].isdecimal())
+
+
+def names_in(folder: Path, end: str) -> list[str]:
+    """The names in a folder that end so; none if it is gone.
+
+    Raises:
+        OSError: They cannot be listed now.
+    """
     try:
-        names = os.listdir(folder)
+        return [name for name in os.listdir(folder) if name.endswith(end)]
     except FileNotFoundError:
         return []
-    return sorted(int(n[:-6]) for n in names if n.endswith(".slots") and n[:-6].isdecimal())
 
 
 def _slots(path: Path) -> NDArray[Any]:
-    """The slots of a segment; none if it is gone, or cannot be read."""
+    """The slots of a segment; none if it is gone, or no file of a spool."""
     import numpy
 
     try:
@@ -92,9 +168,10 @@ def _slots(path: Path) -> NDArray[Any]:
 
 
 class Waiting:
-    """Looks whether every point of a folder before a barrier (see ``Producer.barrier``) is settled.
+    """Looks whether no point of a folder before a barrier (see ``Producer.barrier``) is pending any
+    more; what became of them is for :mod:`flowbuffer.spool.outcomes` to say.
 
-    A look costs microseconds: it goes on from where the last one found a point that was not.
+    A look costs microseconds: it goes on from where the last one found a point that was.
     """
 
     def __init__(self, folder: Path, barrier: tuple[int, int]) -> None:
@@ -104,18 +181,21 @@ class Waiting:
         self._looked = False
 
     def is_over(self) -> bool:
-        """Look."""
-        if self._looked and self._is_pending(self._at[0]):
+        """Look. What cannot be looked at now is pending."""
+        try:
+            if self._looked and self._is_pending(self._at[0]):
+                return False
+            self._looked = True
+            return not any(map(self._is_pending, segment_numbers(self._folder)))
+        except OSError:
             return False
-        self._looked = True
-        return not any(map(self._is_pending, segment_numbers(self._folder)))
 
     def _is_pending(self, number: int) -> bool:
         last, end = self._barrier
         if not self._at[0] <= number <= last:
             return False
         start = self._at[1] if number == self._at[0] else layout.SEGMENT_HEADER_SIZE
-        path = self._folder / f"{number:08d}.slots"
+        path = _segment(self._folder, number)
         found = _first_committed(path, start, end if number == last else None)
         if found is not None:
             self._at = (number, found)
@@ -132,11 +212,15 @@ _PIECE: Final = 1024 * layout.SLOT_SIZE
 
 
 def _first_committed(path: Path, start: int, end: int | None) -> int | None:
-    """The offset of the first pending slot of a segment from byte ``start`` to ``end``."""
+    """The offset of the first pending slot of a segment from byte ``start`` to ``end``.
+
+    Raises:
+        OSError: It cannot be looked at now.
+    """
     try:
         descriptor = open_file(path, os.O_RDONLY)
-    except OSError:
-        return None  # it is deleted, or cannot be read
+    except FileNotFoundError:
+        return None
     try:
         while end is None or start < end:
             size = _PIECE if end is None else min(_PIECE, end - start)
@@ -157,7 +241,7 @@ def last_barrier(folder: Path) -> tuple[int, int]:
     numbers = segment_numbers(folder)
     if not numbers:
         return -1, 0
-    states = _slots(folder / f"{numbers[-1]:08d}.slots")["state"].nonzero()[0]
+    states = _slots(_segment(folder, numbers[-1]))["state"].nonzero()[0]
     used = int(states[-1]) + 1 if len(states) else 0
     return numbers[-1], layout.segment_size(used)
 
@@ -166,7 +250,7 @@ def hurry_to_end(folder: Path) -> tuple[int, int]:
     """Have everything that is in a folder now sent without lingering; a barrier after it."""
     number, end = last_barrier(folder)
     if number >= 0 and end > layout.SEGMENT_HEADER_SIZE:
-        want(folder / f"{number:08d}.slots", end - layout.SLOT_SIZE)
+        want(_segment(folder, number), end - layout.SLOT_SIZE)
     return number, end
 
 
@@ -174,7 +258,7 @@ def closed_outcome(folder: Path) -> int:
     """The field ``outcome`` of a closed producer (see ``layout``); 0 if it was never closed."""
     for number in segment_numbers(folder)[-1:]:
         try:
-            head = read_file(folder / f"{number:08d}.slots", limit=layout.SEGMENT_HEADER_SIZE)
+            head = read_file(_segment(folder, number), limit=layout.SEGMENT_HEADER_SIZE)
             closed, outcome = layout.parse_closed(head[layout.CLOSED_OFFSET :])
         except (OSError, struct.error):
             continue
@@ -191,18 +275,6 @@ def delivery_note(folder: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def slot_states(path: Path, offsets: Sequence[int]) -> list[int]:
-    """The states of the slots at these offsets; DELIVERED where the segment is deleted."""
-    try:
-        descriptor = open_file(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return [DELIVERED] * len(offsets)
-    try:
-        return [os.pread(descriptor, 1, at + layout.STATE_OFFSET)[0] for at in offsets]
-    finally:
-        os.close(descriptor)
-
-
 def want(path: Path, offset: int) -> None:
     """Say that someone waits for the slot at ``offset`` and those before it."""
     try:
@@ -216,44 +288,6 @@ def want(path: Path, offset: int) -> None:
             os.pwrite(descriptor, layout.WANTED.pack(slots), layout.WANTED_OFFSET)
     finally:
         os.close(descriptor)
-
-
-def dead_letters(folder: Path) -> Iterator[dict[str, Any]]:
-    """The dead letters of a producer, oldest first; lines that are no JSON are passed over."""
-    for line in dict.fromkeys(_letters(folder)):  # one letter may have been written twice
-        try:
-            letter = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(letter, dict):
-            yield letter
-
-
-def _letters(folder: Path) -> list[bytes]:
-    try:
-        return read_file(folder / "rejected.jsonl", limit=_MAX_LETTERS_BYTES).splitlines()
-    except OSError:
-        return []
-
-
-def _rejected_points(folder: Path) -> int:
-    letters = {letter for letter in _letters(folder) if letter.endswith(b"}")}
-    return len(letters) + sum(_points(letter) - 1 for letter in letters if b'"points"' in letter)
-
-
-def _points(letter: bytes) -> int:
-    try:
-        return int(json.loads(letter).get("points", 1))
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return 1
-
-
-def has_dead_letters(folder: Path) -> bool:
-    """Whether there are any, readable or not."""
-    try:
-        return (folder / "rejected.jsonl").stat().st_size > 0
-    except FileNotFoundError:
-        return False
 
 
 def park(folder: Path, reason: str | None) -> None:
