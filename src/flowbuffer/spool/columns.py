@@ -139,8 +139,10 @@ def text_at(journal: Path, position: int, key: int) -> str:
 
 def _journal_frame(journal: Path, position: int) -> tuple[int, bytes]:
     with os.fdopen(open_file(journal, os.O_RDONLY), "rb") as file:
-        file.seek(max(position, 0))
+        size = os.fstat(file.fileno()).st_size
+        if not 0 <= position < size:
+            raise SpoolFormatError("its frame is beyond the journal's end")
+        file.seek(position)
         head = file.read(layout.FRAME_HEADER.size)
         length = layout.FRAME_HEADER.unpack(head)[1]
-        there = os.fstat(file.fileno()).st_size - file.tell()
-        return layout.parse_frame(head + file.read(max(min(length, there), 0)))
+        return layout.parse_frame(head + file.read(max(min(length, size - file.tell()), 0)))
