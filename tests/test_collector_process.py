@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flowbuffer import MetricLogger, Settings
+from flowbuffer.background import Background
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.collector import Collector, is_served
 from flowbuffer.collector_process import Shift
@@ -21,7 +23,8 @@ from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.info import this_producer
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.reader import Reader
-from flowbuffer.spool.states import park
+from flowbuffer.spool.states import delivery_note, hurry_to_end, park
+from flowbuffer.stopgap import Stopgap
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import MlflowServer, history, make_run
 from support.collectors import collector_pid, end_collector, is_free
@@ -33,13 +36,18 @@ from support.waiting import PATIENCE_S, wait_until
 class Rig:
     """A collector as the process has it, stepped by hand, with a clock to turn."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, max_folders: int = 100) -> None:
         self.clock = ManualClock()
         self.settings = Settings(spool_dir=root, linger_s=0)
         self.spool = Spool(root)
         self.transport = FakeTransport()
         self.collector = Collector(
-            self.spool, self.settings, self.clock, lambda *_: self.transport, living=True
+            self.spool,
+            self.settings,
+            self.clock,
+            lambda *_: self.transport,
+            living=True,
+            max_folders=max_folders,
         )
         self.clock.turn(1.0)
         self.shift = Shift(
@@ -47,9 +55,11 @@ class Rig:
         )
         self.clock.turn(1.0)
 
-    def producer(self, delivery: str = "process") -> tuple[Producer, ProducerDirectory]:
+    def producer(
+        self, delivery: str = "process", run: str = "run"
+    ) -> tuple[Producer, ProducerDirectory]:
         directory = self.spool.add_producer(
-            this_producer("run", "fake://", self.now_ms(), delivery=delivery)
+            this_producer(run, "fake://", self.now_ms(), delivery=delivery)
         )
         producer = Producer(directory, self.spool, self.settings, self.clock, lambda: None)
         return producer, directory
@@ -140,6 +150,52 @@ def test_refused_credentials_make_room(rig: Rig) -> None:
     rig.producer()
     rig.work()
     assert shift.over
+
+
+def test_what_is_refused_is_left_to_the_producer_that_lives(rig: Rig) -> None:
+    """A collector whose credentials are refused lets go of living producers' folders, tells why,
+    and takes them when their producers are dead."""
+    producer, directory = rig.producer()
+    rig.transport.decide = lambda _: UnauthorisedError("401")
+    producer.append("loss", 1.0)
+    assert not rig.work(100)
+    assert rig.collector.streams == []
+    assert delivery_note(directory.path)["unauthorised"]
+    rig.transport.decide = lambda _: None
+    directory.lock.release()
+    assert rig.work()
+    assert rig.transport.history("run", "loss") != []
+
+
+def test_what_cannot_be_sent_is_left_to_whoever_waits(rig: Rig) -> None:
+    """A collector that cannot send lets go of the folder of a producer that lives when somebody
+    waits for it, and takes it again later; else it goes on trying."""
+    producer, directory = rig.producer()
+    rig.transport.decide = lambda _: RetriableError("no such plugin")
+    producer.append("loss", 1.0)
+    rig.work(100)
+    assert len(rig.collector.streams) == 1
+    hurry_to_end(directory.path)
+    rig.work(5)
+    assert rig.collector.streams == []
+    rig.transport.decide = lambda _: None
+    rig.work(100)
+    assert rig.transport.history("run", "loss") != []
+
+
+def test_where_there_are_too_many_they_take_turns(tmp_path: Path) -> None:
+    """With more folders than descriptors for them, all are delivered, and none is forgotten."""
+    rig = Rig(tmp_path / "spool", max_folders=3)
+    producers = [rig.producer(run=f"run{number}") for number in range(10)]
+    for value in (1.0, 2.0):
+        for producer, _ in producers:
+            producer.append("loss", value)
+        for _ in range(100):
+            rig.work(1)
+            assert len(rig.collector.streams) <= 3
+        for number in range(10):
+            assert rig.transport.history(f"run{number}", "loss")[-1][-1] == value
+    assert len(list(rig.spool.folders())) == 10
 
 
 def test_a_folder_that_is_delivered_elsewhere_holds_it(rig: Rig) -> None:
@@ -245,7 +301,7 @@ def test_whoever_waits_needs_no_collector(
     sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where no process can be started, that is said once, and waiting delivers all the same."""
-    monkeypatch.setattr("flowbuffer.launcher._COMMAND", ("/nonexistent/python",))
+    monkeypatch.setattr("flowbuffer.launcher.interpreter", lambda: None)
     run_id = make_run(sqlite_uri)
     settings = Settings.from_env(delivery="process")
     logger = MetricLogger(run_id, tracking_uri=sqlite_uri, settings=settings)
@@ -269,42 +325,92 @@ def test_what_holds_it_up_is_told_where_it_is_seen(
     reader = Reader(directory.path, ManualClock(), alive=True)
     for note in [{"last_error": ""}, *[{"last_error": "401 no", "unauthorised": True}] * 3]:
         reader.note(note)
-        delivery._tell()
+        delivery.tend()
     (said,) = [record.getMessage() for record in caplog.records]
     assert "401 no" in said
-    assert "FLOWBUFFER_DELIVERY=thread" in said
     reader.note({"last_error": ""})
-    delivery._tell()
+    delivery.tend()
     assert "delivery goes on" in caplog.records[-1].getMessage()
     delivery.end()
     directory.lock.release()
 
 
-def test_a_stopgap_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits takes its folder while no collector process is ready, leaves it to the one that is,
-    and takes it at first from none that has had no time to claim it."""
-    monkeypatch.setattr(Launcher, "_start", lambda _, lock: lock.release())
-    ready = True
-    monkeypatch.setattr("flowbuffer.delivery.wake_collector", lambda _: ready)
-    monkeypatch.setattr("flowbuffer.delivery._LOOK_EVERY_S", 0.0)
-    delivery = DeliveryByProcess(Settings(spool_dir=tmp_path / "spool"), "http://127.0.0.1:9")
-    directory = delivery.spool.add_producer(this_producer("run", "http://127.0.0.1:9", 0))
-    lock = directory.path / "reader.lock"
-    delivery.begin(directory.path)
-    delivery.push()
-    assert not FileLock.is_held(lock)
-    ready = False
-    delivery.push()
-    assert FileLock.is_held(lock)
-    ready = True
+class Standing:
+    """A stopgap whose thread is this test, with a collector process that is there on paper."""
 
-    def is_handed_over() -> bool:
-        delivery.push()
-        return not FileLock.is_held(lock)
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = ManualClock()
+        self.ready = False
+        monkeypatch.setattr(Launcher, "ensure", lambda _: None)
+        monkeypatch.setattr("flowbuffer.stopgap.wake_collector", lambda _: self.ready)
+        monkeypatch.setattr("flowbuffer.stopgap.SYSTEM_CLOCK", self.clock)
+        monkeypatch.setattr(Background, "begin", lambda _: True)
+        settings = Settings(spool_dir=root)
+        self.stopgap = Stopgap(settings, "http://127.0.0.1:9")
+        self.directory = self.stopgap.spool.add_producer(this_producer("run", "fake://", 0))
+        self.user = DeliveryByProcess(settings, "http://127.0.0.1:9")
+        self.stopgap.join(self.user, self.directory.path, "http://127.0.0.1:9")
 
-    wait_until(is_handed_over)
-    delivery.end()
-    directory.lock.release()
+    def passes(self, seconds: float, *, waits: bool) -> bool:
+        """Some time, in which somebody waits or does not; whether the folder is delivered here."""
+        for _ in range(round(seconds / 0.05)):
+            if waits:
+                self.stopgap.hurry(self.directory.path)
+            self.stopgap._round()
+            self.clock.turn(0.05)
+        return FileLock.is_held(self.directory.path / "reader.lock")
+
+    def refuse(self) -> None:
+        """What a collector process notes whose credentials are refused."""
+        reader = Reader(self.directory.path, self.clock, alive=True)
+        reader.note({"last_error": "401 no", "unauthorised": True})
+
+
+@pytest.fixture
+def standing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standing]:
+    found = Standing(tmp_path / "spool", monkeypatch)
+    yield found
+    found.stopgap._close()
+    found.directory.lock.release()
+
+
+def test_who_waits_delivers_at_once(standing: Standing) -> None:
+    """Who waits for a folder that nobody delivers does it, and leaves it when nobody waits."""
+    assert not standing.passes(5, waits=False)
+    assert standing.passes(0.1, waits=True)
+    assert standing.passes(0.5, waits=False)
+    assert not standing.passes(1, waits=False)
+
+
+def test_a_stopgap_hands_over(standing: Standing) -> None:
+    """Who waits hands its folder over to a collector process that is ready, and takes it back from
+    one that does not claim it in its time."""
+    assert standing.passes(5, waits=True)
+    standing.ready = True
+    assert not standing.passes(1, waits=True)
+    assert not standing.passes(0.9, waits=True)
+    assert standing.passes(5, waits=True)
+    assert not standing.passes(2, waits=False)
+
+
+def test_a_folder_that_the_collector_has_is_left_to_it(standing: Standing) -> None:
+    """Whoever waits takes a folder from nobody."""
+    claim = standing.stopgap.spool.claim(standing.directory.path, living=True)
+    assert claim is not None
+    standing.passes(3, waits=True)
+    assert standing.stopgap.streams == []
+    claim.release()
+    assert standing.passes(0.2, waits=True)
+    assert len(standing.stopgap.streams) == 1
+
+
+def test_refused_credentials_bring_a_folder_home(standing: Standing) -> None:
+    """What the collector process gave up because its credentials were refused is delivered, from
+    then on, by the process that logs, whose own may have been renewed since; nobody need wait."""
+    standing.ready = True
+    standing.refuse()
+    assert standing.passes(3, waits=False)
+    assert standing.passes(60, waits=False)
 
 
 def test_the_server_is_down_at_the_end(

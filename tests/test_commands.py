@@ -17,7 +17,7 @@ import pytest
 from flowbuffer import Settings, cli
 from flowbuffer.collector import Collector
 from flowbuffer.errors import RejectedError
-from flowbuffer.launcher import collector_lock
+from flowbuffer.handover import collector_lock
 from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.states import tally

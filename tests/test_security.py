@@ -32,7 +32,7 @@ import pytest
 from flowbuffer import FlowbufferError, InvalidPoint, MetricLogger, Settings, WaitTimeout, job_end
 from flowbuffer.collector import Collector
 from flowbuffer.errors import RejectedError, RunGoneError, SpoolError, TransportError
-from flowbuffer.launcher import wake_collector
+from flowbuffer.handover import wake_collector
 from flowbuffer.spool import layout
 from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.info import ProducerInfo, this_producer

@@ -7,6 +7,7 @@ with flowbuffer.MetricLogger() as logger:
         logger.log_metric("loss", 1 / (step + 1), step)
 """
 
+import os as _os
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from flowbuffer.settings import Settings
 
 __version__ = "0.1.0"
+
+if "_FLOWBUFFER_PATH" in _os.environ:  # noqa: TID251  # the collector process takes it away first
+    _os.write(2, b"this was started as flowbuffer's collector process, and is another program\n")
+    _os._exit(70)  # EX_SOFTWARE: it must not do its work a second time
 
 # Imported when they are first asked for: MLflow imports this package to find its plugin, also where
 # nothing is switched on (see plugin.py).

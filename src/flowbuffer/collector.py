@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowbuffer.clock import SYSTEM_CLOCK, Clock, Event
+from flowbuffer.background import Wake
+from flowbuffer.clock import Clock, Event
 from flowbuffer.credentials import without_credentials
 from flowbuffer.destinations import (
     Destination,
     Destinations,
     TransportFactory,
     as_logged,
-    nothing,
     transport_to,
 )
-from flowbuffer.errors import SpoolError
+from flowbuffer.errors import SpoolError, UnauthorisedError
 from flowbuffer.sender import Sender
 from flowbuffer.settings import Settings
 from flowbuffer.source import Source
@@ -45,8 +43,11 @@ QUIET_S = 2.0
 ADOPT_EVERY_S = 5.0
 #: How often it is tested whether a producer lives, in s.
 _TEST_EVERY_S = 0.1
-#: How long the end of a process may wait for the step that is being done, in s.
-_FINISH_S = 1.0
+#: A folder that was given up because its points could not be sent from here is its producer's for
+#: so long, in s; for good, as long as that lives, where credentials were refused.
+_GIVEN_UP_S = 10.0
+#: Where there are more folders than can be held at once, each is held at least so long, in s.
+_TURN_S = 1.0
 _STOPGAP_WINDOW_POINTS = 4096
 #: How many connections to servers that nobody uses any more are kept.
 _IDLE_TRANSPORTS = 4
@@ -56,9 +57,11 @@ _IDLE_TRANSPORTS = 4
 class Stream:
     """One producer's folder on its way to the backend.
 
-    ``adopted``: its producer was dead when it was claimed. ``until_s``: from then on, on the
-    collector's monotonic clock, it goes back to others once nothing of it is on its way. ``done``:
-    everything is settled and the folder is let go.
+    Attributes:
+        adopted: Its producer was dead when it was claimed.
+        since_s: When it was claimed, on the collector's monotonic clock.
+        until_s: From then on it goes back to others once nothing of it is on its way.
+        done: Everything is settled, and the folder is let go.
     """
 
     claim: Claim
@@ -66,6 +69,7 @@ class Stream:
     sender: Sender
     source: Source
     adopted: bool
+    since_s: float
     until_s: float = math.inf
     done: bool = False
     test_at_s: float = 0.0
@@ -84,12 +88,20 @@ class Collector:
         settings: Of the process; ``delivery="inline"`` gets no thread.
         clock: Decides when things are due.
         connect: Makes the transport for a tracking URI.
-        destinations: Of the folders that are found in the spool.
+        destinations: Of the folders that are found in the spool; None leaves all of them alone,
+            but for those that are given by :meth:`add`.
         living: Take the folders of living producers, too, if their setting is
             ``delivery="process"``.
         stopgap: Deliver until another collector is there to take over: one request at a time, as
             others may do the same, and little read ahead.
         wake: Ends a wait between two steps.
+        max_folders: How many are held at once; where there are more, they take turns.
+
+    Attributes:
+        streams: What it delivers.
+        refused: The credentials that it has were refused, and folders were given up for it.
+
+    One thread at a time may call it.
     """
 
     def __init__(
@@ -98,14 +110,16 @@ class Collector:
         settings: Settings,
         clock: Clock,
         connect: TransportFactory = transport_to,
-        destinations: Destinations = as_logged,
+        destinations: Destinations | None = as_logged,
         *,
         living: bool = False,
         stopgap: bool = False,
         wake: Event | None = None,
+        max_folders: int = 1 << 30,
     ) -> None:
         self.spool = spool
         self.streams: list[Stream] = []
+        self.refused = False
         self._settings = settings
         self._clock = clock
         self._connect = connect
@@ -120,9 +134,10 @@ class Collector:
         self._infos: dict[Path, ProducerInfo] = {}  # of folders that others deliver, so far
         self._look_at_s = self._sweep_at_s = -math.inf
         self._quiet_since_s = clock.monotonic_s()
-        self._wake = wake or threading.Event()
-        self._step_lock = threading.RLock()
-        self._thread: threading.Thread | None = None
+        self._wake = wake or Wake()
+        self._max_folders = max_folders
+        self._turns: dict[Path, float] = {}  # when a folder was given back for others' turn
+        self._given_up: dict[Path, float] = {}  # living producers' folders, and until when
 
     def add(self, folder: Path, tracking_uri: str) -> Stream | None:
         """Deliver what is, and will be, in a producer's folder; None if another collector does.
@@ -130,59 +145,42 @@ class Collector:
         Raises:
             SpoolError: The folder is not this user's alone, or not of this format.
         """
-        with self._step_lock:
-            claim = self.spool.claim(folder, living=True)
-            if claim is None:
-                return None
-            return self._serve(claim, Destination(tracking_uri, claim.info.run_id))
+        for stream in self.streams:
+            if stream.claim.path == folder:
+                return stream
+        claim = self.spool.claim(folder, living=True)
+        return (
+            None
+            if claim is None
+            else self._serve(claim, Destination(tracking_uri, claim.info.run_id))
+        )
 
     def know(self, tracking_uri: str) -> None:
         """Use this URI, with its credentials, where a folder names the one without."""
         uri = absolute_uri(tracking_uri)
         self._uris[without_credentials(uri)] = uri
 
-    def start(self) -> None:
-        """Deliver in a daemon thread from now on."""
-        with self._step_lock:
-            if self._thread is None and self._settings.delivery != "inline":
-                thread = threading.Thread(
-                    target=self._run, name="flowbuffer-collector", daemon=True
-                )
-                try:
-                    thread.start()
-                    self._thread = thread
-                except RuntimeError:
-                    pass  # the interpreter is ending: whoever waits has to step
-
-    @property
-    def has_thread(self) -> bool:
-        """Whether :meth:`step` is called by a thread of this collector."""
-        return self._thread is not None
-
     def hurry(self) -> None:
         """Look at the spool now."""
         self._wake.set()
 
-    def drain(self) -> None:
-        """Step until nothing is due at once; for where no thread does."""
-        while (next_s := self.step(hurry=True)) < POLL_S:
-            self._clock.sleep(next_s)
-
     def step(self, *, hurry: bool = False) -> float:
         """One round for every run. Returns the seconds until the next one is worthwhile."""
-        with self._step_lock:
-            now_s = self._clock.monotonic_s()
-            if now_s >= self._look_at_s:
-                self._look_at_s = now_s + (QUIET_POLL_S if self._living else ADOPT_EVERY_S)
-                self.look()
-            next_s = math.inf
+        now_s = self._clock.monotonic_s()
+        if self._destinations is not None and now_s >= self._look_at_s:
+            self._look_at_s = now_s + (QUIET_POLL_S if self._living else ADOPT_EVERY_S)
+            self.look()
+        next_s = math.inf
+        for sender in list(self._senders.values()):
+            next_s = min(next_s, self._step(sender, hurry))
+        for stream in list(self.streams):
+            self._tend(stream, now_s)
+        if self._living:
             for sender in list(self._senders.values()):
-                next_s = min(next_s, self._step(sender, hurry))
-            for stream in list(self.streams):
-                self._tend(stream, now_s)
-            if next_s <= POLL_S:
-                self._quiet_since_s = now_s
-            return min(next_s, self._look_at_s - now_s)
+                self._give_up(sender, now_s)
+        if next_s <= POLL_S:
+            self._quiet_since_s = now_s
+        return min(next_s, max(self._look_at_s - now_s, 0.0)) if self._destinations else next_s
 
     def wait(self, next_s: float) -> None:
         """Wait until the next step is worthwhile, of which the last one said ``next_s``."""
@@ -199,52 +197,51 @@ class Collector:
         if now_s >= self._sweep_at_s:
             self._sweep_at_s = now_s + ADOPT_EVERY_S
             self.spool.sweep()
-        for folder in self.not_served():
+        found = self.not_served()
+        self._give_back(len(self.streams) + len(found) - self._max_folders, now_s)
+        for folder in sorted(found, key=lambda folder: self._turns.get(folder, -math.inf)):
+            if len(self.streams) >= self._max_folders:
+                break
             try:
-                self._take(folder)
+                self._take(folder, now_s)
             except Exception as error:
                 if folder.exists():  # else it is delivered, and removed by another process
                     self._left.add(folder)
                     _log.warning("%s is left alone: %s", folder, error)
 
-    def finish_step(self) -> None:
-        """Wait, but not for long, until a step that is being done is: a folder that it deletes, by
-        which others know that all is delivered, is gone then."""
-        if self._step_lock.acquire(timeout=_FINISH_S):
-            self._step_lock.release()
-
     def leave(self) -> None:
         """Leave every folder to others, whatever is on its way."""
-        with self._step_lock:
-            for stream in list(self.streams):
-                self._forget(stream)
-                stream.claim.release()
+        for stream in list(self.streams):
+            self._leave(stream)
+
+    def close(self) -> None:
+        """Leave every folder, and let go of every connection."""
+        self.leave()
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()
 
     def not_served(self) -> list[Path]:
         """The folders of the spool that are not, and need not be, left alone."""
         found = list(self.spool.folders())
         self._left.intersection_update(found)
-        self._infos = {folder: self._infos[folder] for folder in found if folder in self._infos}
+        for known in (self._infos, self._turns, self._given_up):
+            for gone in known.keys() - set(found):
+                del known[gone]
         own = {stream.claim.path for stream in self.streams}
         return [folder for folder in found if folder not in own and folder not in self._left]
 
-    def forget_after_fork(self) -> None:
-        """In a forked child: the thread is gone, and locks may be held by nobody."""
-        self._wake = threading.Event()
-        self._step_lock = threading.RLock()
-        self.streams.clear()
-        self._thread = None
-
-    def _take(self, folder: Path) -> None:
+    def _take(self, folder: Path, now_s: float) -> None:
+        assert self._destinations is not None
         info = self._infos.get(folder)
         if info is None:
             info = self._infos[folder] = read_info(folder)
         destination = self._destinations(info)
         if destination is None:
             return
-        claim = self.spool.claim(
-            folder, living=self._living and info.delivery in ("process", OFFLINE)
-        )
+        living = self._living and info.delivery in ("process", OFFLINE)
+        given_up = now_s < self._given_up.get(folder, -math.inf)
+        claim = self.spool.claim(folder, living=living and not given_up)
         if claim is not None:
             self._serve(claim, destination)
 
@@ -259,7 +256,9 @@ class Collector:
         except BaseException:
             claim.release()
             raise
-        stream = Stream(claim, reader, sender, sender.add(reader), adopted)
+        stream = Stream(
+            claim, reader, sender, sender.add(reader), adopted, self._clock.monotonic_s()
+        )
         self.streams.append(stream)
         self.hurry()
         return stream
@@ -276,15 +275,6 @@ class Collector:
                     "run %s: delivery failed; its points stay in the spool", sender.run_id
                 )
             return 1.0
-
-    def _run(self) -> None:
-        while True:
-            try:
-                next_s = self.step()
-            except Exception:
-                _log.exception("delivery failed; the points stay in the spool")
-                next_s = 1.0
-            self.wait(next_s)
 
     def _sender(self, destination: Destination, settings: Settings) -> Sender:
         uri = absolute_uri(destination.tracking_uri)
@@ -318,8 +308,37 @@ class Collector:
             self._let_go(stream)
         stream.source.paused = now_s >= stream.until_s
         if stream.source.paused and not reader.on_their_way and not stream.done:
-            self._forget(stream)
-            stream.claim.release()
+            self._leave(stream)
+
+    def _leave(self, stream: Stream) -> None:
+        self._forget(stream)
+        stream.claim.release()
+
+    def _give_back(self, count: int, now_s: float) -> None:
+        """Give ``count`` folders back in which nothing is to be done, those first that were taken
+        first: others are to have their turn."""
+        for stream in list(self.streams):
+            reader = stream.reader
+            if count <= 0:
+                return
+            if stream.since_s + _TURN_S <= now_s and not (reader.on_their_way or reader.has_unripe):
+                self._turns[stream.claim.path] = now_s
+                self._leave(stream)
+                count -= 1
+
+    def _give_up(self, sender: Sender, now_s: float) -> None:
+        """What cannot be sent from here is left to the producers that live: their environment may
+        have what this one lacks. With credentials refused here that is certain enough to be done
+        at once; else it is done as soon as somebody waits."""
+        living = [s for s in self.streams if s.sender is sender and not s.reader.finished]
+        refused = isinstance(sender.failure, UnauthorisedError)
+        wanted = refused or any(stream.reader.hurried() for stream in living)
+        if sender.failure is None or sender.gone or sender.in_flight or not (living and wanted):
+            return
+        self.refused = self.refused or refused
+        for stream in [stream for stream in self.streams if stream.sender is sender]:
+            self._given_up[stream.claim.path] = math.inf if refused else now_s + _GIVEN_UP_S
+            self._leave(stream)
 
     def _let_go(self, stream: Stream) -> None:
         self._forget(stream)
@@ -362,40 +381,3 @@ def is_served(folder: Path) -> bool:
         return relies and not (closed_outcome(folder) and parked_reason(folder))
     except SpoolError:
         return False
-
-
-_collectors: dict[tuple[Path, Settings], Collector] = {}
-_collectors_lock = threading.RLock()
-
-
-def collector_of(settings: Settings) -> Collector:
-    """This process's collector of a spool; one for all loggers with the same settings.
-
-    With ``delivery="process"`` it delivers only what it is given, as a stopgap.
-
-    Raises:
-        SpoolError: The spool cannot be used.
-    """
-    root = settings.resolved_spool_dir()
-    with _collectors_lock:
-        if (root, settings) not in _collectors:
-            given_only = settings.delivery == "process"
-            _collectors[root, settings] = Collector(
-                Spool(root),
-                settings,
-                SYSTEM_CLOCK,
-                destinations=nothing if given_only else as_logged,
-                stopgap=given_only,
-            )
-        return _collectors[root, settings]
-
-
-def _forget_after_fork() -> None:
-    global _collectors_lock
-    _collectors_lock = threading.RLock()
-    for collector in _collectors.values():
-        collector.forget_after_fork()
-    _collectors.clear()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import resource
 import select
 import signal
 import sys
@@ -19,15 +20,20 @@ from flowbuffer.clock import SYSTEM_CLOCK, Clock
 from flowbuffer.collector import Collector, is_served
 from flowbuffer.credentials import redacted
 from flowbuffer.delivery_client import warm_up
-from flowbuffer.errors import FlowbufferError, UnauthorisedError
-from flowbuffer.handover import handed_on_ms, handed_on_uri
-from flowbuffer.launcher import WAKE_SIGNAL, collector_lock
+from flowbuffer.errors import FlowbufferError
+from flowbuffer.handover import WAKE_SIGNAL, collector_lock, handed_on_ms, handed_on_uri
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.files import Descriptor, FileLock
 from flowbuffer.spool.info import read_info
 
 _log = logging.getLogger("flowbuffer")
+
+#: The most descriptors that it wants; what a folder needs of them (its lock, and two segments as a
+#: rule), and what everything else does (connections, files that are open for a moment).
+_MOST_DESCRIPTORS = 65536
+_DESCRIPTORS_OF_A_FOLDER = 3
+_OTHER_DESCRIPTORS = 100
 
 
 class Shift:
@@ -74,11 +80,9 @@ class Shift:
     def _is_superseded(self) -> bool:
         """The credentials of this process are refused, and a producer that came later may have
         others: the collector that it starts takes them from its environment."""
-        streams = self._collector.streams
-        refused = any(isinstance(s.sender.failure, UnauthorisedError) for s in streams)
-        return refused and any(
+        return self._collector.refused and any(
             stream.claim.info.start_ms > self._since_ms and not stream.reader.finished
-            for stream in streams
+            for stream in self._collector.streams
         )
 
 
@@ -135,9 +139,9 @@ def main() -> None:
         print("this is started by flowbuffer; to deliver a spool: flowbuffer sync", file=sys.stderr)
         sys.exit(2)
     root, descriptor = Path(sys.argv[1]), int(sys.argv[2])
-    if os.fork():
-        os._exit(0)  # so that the process that logs has no child that it knows nothing of
     lock: FileLock | None = FileLock(Descriptor(descriptor))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, maybe, by the program that started it
+    descriptors = _raise_descriptor_limit()
     os.umask(0o077)
     sys.stdout = sys.stderr = RedactedStream(sys.stderr)  # they are collector.log
     logging.basicConfig(format=f"%(asctime)s [{os.getpid()}] %(message)s", level=logging.WARNING)
@@ -148,16 +152,35 @@ def main() -> None:
         _import_stores(spool)
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, str(os.getpid()).encode(), 0)
-        superseded = _serve(spool, settings, wake)
+        superseded = _serve(spool, settings, wake, descriptors)
         lock.release()
         # Whoever came while the lock was held relied on this process.
         newcomer = any(map(is_served, spool.folders())) and not superseded
         lock = FileLock.take(collector_lock(root)) if newcomer else None
 
 
-def _serve(spool: Spool, settings: Settings, wake: WakeUp) -> bool:
+def _raise_descriptor_limit() -> int:
+    """How many descriptors this process may have, from now on as many as it is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (ValueError, OSError):
+            return soft  # macOS has a limit below the one that it tells
+    return most
+
+
+def _serve(spool: Spool, settings: Settings, wake: WakeUp, descriptors: int) -> bool:
     """Deliver until the shift is over; whether another process has to go on."""
-    collector = Collector(spool, settings, SYSTEM_CLOCK, living=True, wake=wake)
+    collector = Collector(
+        spool,
+        settings,
+        SYSTEM_CLOCK,
+        living=True,
+        wake=wake,
+        max_folders=max((descriptors - _OTHER_DESCRIPTORS) // _DESCRIPTORS_OF_A_FOLDER, 1),
+    )
     uri = handed_on_uri()
     if uri is not None:
         collector.know(uri)

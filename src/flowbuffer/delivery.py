@@ -5,28 +5,19 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.launcher import launcher_of, wake_collector
+from flowbuffer.collector_thread import CollectorThread
+from flowbuffer.handover import interpreter
 from flowbuffer.report import warn_once
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.states import delivery_note, park, parked_reason
-
-if TYPE_CHECKING:
-    from flowbuffer.collector import Collector, Stream
+from flowbuffer.stopgap import Stopgap
 
 _log = logging.getLogger("flowbuffer")
-
-#: A process that waits for its points, and delivers them itself as nobody else does, goes on with
-#: that for so long after it last waited, in s.
-_HERE_FOR_S = 1.0
-#: How long a collector process that is ready may take to claim a folder, in s.
-_TAKES_S = 2.0
-#: How often it looks whether somebody else does, in s.
-_LOOK_EVERY_S = 0.1
 
 
 class Delivery(Protocol):
@@ -84,100 +75,57 @@ class DeliveryHere:
     goes_on = ""
 
     def __init__(self, settings: Settings, tracking_uri: str) -> None:
-        from flowbuffer.collector import collector_of  # it imports NumPy
-
         self._uri = tracking_uri
         self._pid = os.getpid()
-        self._collector: Collector = collector_of(settings)
-        self.spool = self._collector.spool
+        self._thread = self._thread_of(settings)
+        self._folder: Path | None = None
+        self.spool = self._thread.spool
+
+    def _thread_of(self, settings: Settings) -> CollectorThread:
+        found = _threads.get(_key(settings))
+        return found or _threads.setdefault(_key(settings), CollectorThread(settings))
 
     def begin(self, folder: Path) -> None:
-        self._collector.add(folder, self._uri)
-        self._collector.start()
+        self._folder = folder
+        self._thread.join(self, folder, self._uri)
 
     def push(self) -> None:
-        if os.getpid() != self._pid:
-            return  # a forked child waits for a point of its parent, which delivers it
-        if not self._collector.has_thread:
-            self._collector.drain()
-        self._collector.hurry()
+        # A forked child waits for a point of its parent, which delivers it.
+        if os.getpid() == self._pid and self._folder is not None:
+            self._thread.hurry(self._folder)
 
     def end(self) -> None:
-        if os.getpid() == self._pid:
-            self._collector.finish_step()
+        if os.getpid() == self._pid and self._folder is not None:
+            self._thread.leave(self._folder)
+
+    def tend(self) -> None: ...
 
     def is_idle(self) -> bool:
-        return all(stream.stuck for stream in self._collector.streams if stream.adopted)
+        return all(stream.stuck for stream in self._thread.streams if stream.adopted)
 
     def left_by_dead(self, run_id: str) -> list[Path]:
         return [
             stream.claim.path
-            for stream in self._collector.streams
+            for stream in self._thread.streams
             if stream.adopted and stream.claim.info.run_id == run_id
         ]
 
 
-class DeliveryByProcess:
+class DeliveryByProcess(DeliveryHere):
     """The spool's collector process; while there is none, whoever waits."""
 
     def __init__(self, settings: Settings, tracking_uri: str) -> None:
-        self._settings = settings
-        self._uri = tracking_uri
-        self._pid = os.getpid()
-        self.spool = Spool(settings.resolved_spool_dir())
-        self._launcher = launcher_of(settings, tracking_uri)
-        self._folder: Path | None = None
-        self._here: Stream | None = None
-        self._look_at_s = 0.0
-        self._ready = self._insists = self._stood_in = False
-        self._unready_at_s = 0.0  # when the collector process was last seen not to be ready
+        super().__init__(settings, tracking_uri)
         self._told = False
         self.goes_on = (
             f"the collector process goes on for up to {settings.drain_timeout_s:g} s, or "
         )
 
-    def begin(self, folder: Path) -> None:
-        self._folder = folder
-        self._unready_at_s = SYSTEM_CLOCK.monotonic_s()
-        self._launcher.join(self._tell)
+    def _thread_of(self, settings: Settings) -> CollectorThread:
+        found = _threads.get(_key(settings))
+        return found or _threads.setdefault(_key(settings), Stopgap(settings, self._uri))
 
-    def push(self) -> None:
-        from flowbuffer.collector import collector_of
-
-        assert self._folder is not None
-        if os.getpid() != self._pid:
-            return  # a forked child waits for a point of its parent, whose collector has it
-        collector = collector_of(self._settings)
-        now_s = SYSTEM_CLOCK.monotonic_s()
-        if self._here not in collector.streams:
-            self._here = None
-        if now_s >= self._look_at_s:
-            self._look_at_s = now_s + _LOOK_EVERY_S
-            self._launcher.ensure()
-            self._ready = wake_collector(self.spool.root)
-            if not self._ready:
-                self._unready_at_s = now_s
-            had_its_time = now_s - self._unready_at_s > _TAKES_S
-            if self._here is None and (not self._ready or had_its_time):
-                self._here = collector.add(self._folder, self._uri)
-                self._insists = had_its_time
-        if self._here is not None:
-            self._stood_in = True
-            hand_over = self._ready and not self._insists
-            self._here.until_s = now_s if hand_over else now_s + _HERE_FOR_S
-            collector.start()
-            if not collector.has_thread:
-                collector.drain()
-            collector.hurry()
-
-    def end(self) -> None:
-        if self._stood_in:
-            from flowbuffer.collector import collector_of
-
-            collector_of(self._settings).finish_step()
-        self._launcher.leave(self._tell)
-
-    def _tell(self) -> None:
+    def tend(self) -> None:
         """Repeat here what goes wrong in the collector process, once."""
         assert self._folder is not None
         for text in delivery_note(self._folder).get("warnings", ()):
@@ -195,6 +143,16 @@ class DeliveryByProcess:
         return [folder for folder in self.spool.folders(run_id) if not has_producer(folder)]
 
 
+def _key(settings: Settings) -> tuple[Path, Settings]:
+    return settings.resolved_spool_dir(), settings
+
+
+#: One for all loggers of this process with one spool and the same settings.
+_threads: dict[tuple[Path, Settings], CollectorThread] = {}
+
+os.register_at_fork(after_in_child=_threads.clear)
+
+
 def last_error(folder: Path) -> str:
     """What keeps a producer's points from delivery, and what to do; empty if nothing does."""
     note = delivery_note(folder)
@@ -208,10 +166,14 @@ def last_error(folder: Path) -> str:
 
 
 def settings_for(tracking_uri: str, settings: Settings) -> Settings:
-    """``settings``, with ``delivery="thread"`` where only this process knows the store: its scheme
-    was registered by the program, not by an installed plugin."""
+    """``settings``, with ``delivery="thread"`` where a process cannot deliver: there is no Python
+    to run it, or only this process knows the store: its scheme was registered by the program, not
+    by an installed plugin."""
     if settings.delivery != "process":
         return settings
+    if interpreter() is None:
+        _tell_frozen()
+        return settings.with_changes(delivery="thread")
     from mlflow.tracking._tracking_service.utils import _tracking_store_registry
     from mlflow.utils.uri import get_uri_scheme
 
@@ -221,6 +183,14 @@ def settings_for(tracking_uri: str, settings: Settings) -> Settings:
     if of_mlflow or scheme in _installed_schemes():
         return settings
     return settings.with_changes(delivery="thread")
+
+
+@functools.lru_cache(maxsize=1)
+def _tell_frozen() -> None:
+    _log.info(
+        "%s is not started as a collector process: it is no Python interpreter, or this program "
+        "itself; a thread delivers (FLOWBUFFER_DELIVERY=thread says so)", sys.executable,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)

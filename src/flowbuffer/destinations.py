@@ -36,8 +36,3 @@ def transport_to(tracking_uri: str, settings: Settings, clock: Clock) -> Transpo
 def as_logged(info: ProducerInfo) -> Destination | None:
     """To the run and the server that the producer named, unless it was offline."""
     return None if info.delivery == OFFLINE else Destination(info.tracking_uri, info.run_id)
-
-
-def nothing(_: ProducerInfo) -> Destination | None:
-    """Nowhere: only folders that are given by :meth:`Collector.add` are delivered."""
-    return None

@@ -1,13 +1,21 @@
-"""What passes from a process that logs to the collector process that it starts: the environment."""
+"""What passes between those that log and the collector process: the program that it is, its
+environment, its lock, its pid, and what wakes it."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
+from pathlib import Path
 
 from flowbuffer.environment import inherited, variable
 from flowbuffer.setting_values import variable_of
 from flowbuffer.settings import Settings
+from flowbuffer.spool.files import read_file
+
+#: Has a collector look at the spool now. Whoever else gets it ignores it: that is its default.
+WAKE_SIGNAL = signal.SIGURG
 
 #: MLflow's own retries, batching and recording would multiply ours; in the collector they are off.
 _QUIET_MLFLOW = {
@@ -29,7 +37,7 @@ _SINCE = "_FLOWBUFFER_SINCE_MS"
 #: What the interpreter of a collector process runs. Modules are looked for where this process looks
 #: for them, but last of all: what lies beside a job is not meant for the collector.
 START_COLLECTOR = (
-    "import os, sys; sys.path += os.environ['_FLOWBUFFER_PATH'].split(os.pathsep); "
+    "import os, sys; sys.path += os.environ.pop('_FLOWBUFFER_PATH').split(os.pathsep); "
     "from flowbuffer.collector_process import main; main()"
 )
 
@@ -70,3 +78,41 @@ def handed_on_uri() -> str | None:
 def handed_on_ms() -> int:
     """In a collector process: since when what started it logs, in ms since the epoch."""
     return int(variable(_SINCE) or 0)
+
+
+#: How interpreters are called. What is called otherwise is a program that has Python in it, and
+#: would do its own work a second time if it were started.
+_INTERPRETER = re.compile(r"(python|pypy|graalpy)[\d.]*(-?[a-z]{1,8})?(\.exe)?", re.IGNORECASE)
+
+
+def collector_lock(root: Path) -> Path:
+    """The file that the collector process of a spool holds locked; its content is its pid, once it
+    is ready to deliver."""
+    return root / "collector.lock"
+
+
+def wake_collector(root: Path) -> bool:
+    """Have the collector process of a spool look at it now; whether there seems to be one."""
+    try:
+        pid = read_file(collector_lock(root), limit=20).decode()
+        if re.fullmatch("[0-9]{1,10}", pid) and int(pid) > 1:
+            os.kill(int(pid), WAKE_SIGNAL)
+            return True
+    except (OSError, OverflowError, UnicodeDecodeError):
+        pass  # none yet, or none any more
+    return False
+
+
+def interpreter() -> str | None:
+    """The Python that runs a collector process; None where there is none but this program itself,
+    frozen (PyInstaller, Nuitka, ...) or with Python embedded (uWSGI, ...)."""
+    main = sys.modules.get("__main__")
+    if (
+        getattr(sys, "frozen", False)
+        or hasattr(main, "__compiled__")
+        or "__compiled__" in globals()
+    ):
+        return None
+    program = sys.executable or ""
+    is_one = _INTERPRETER.fullmatch(os.path.basename(program)) is not None
+    return program if is_one and os.access(program, os.X_OK) else None

@@ -117,6 +117,11 @@ class Sender:
         """Nothing is on its way or waiting in memory."""
         return not (self._batches or self._accepted or self._backlog.count or self._texts.count)
 
+    @property
+    def in_flight(self) -> bool:
+        """A request is on its way, or what it brought is not stored yet."""
+        return bool(self._accepted) or any(batch.sending for batch in self._batches)
+
     def step(self, *, hurry: bool = False) -> float:
         """One round. Returns the seconds until something is due; infinity if nothing is known.
 

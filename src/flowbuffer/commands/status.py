@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.credentials import redacted
 from flowbuffer.errors import FlowbufferError
-from flowbuffer.launcher import collector_lock
+from flowbuffer.handover import collector_lock
 from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.files import FileLock, check_private, read_file
 from flowbuffer.spool.info import read_info

@@ -1,0 +1,172 @@
+"""Delivery by the spool's collector process; while that does not deliver a folder for which
+somebody waits, by a thread of the process that logs.
+
+A folder of this process is in one of these states:
+
+| state | who delivers it | what comes next |
+| --- | --- | --- |
+| theirs | the collector process, or nobody yet | somebody waits, and it is free: *here* |
+| here | this process | nobody waits: *theirs*; the collector process is ready: *left* |
+| left | the collector process, if it takes it in 2 s | *theirs*, or *here* while somebody waits |
+| kept | this process, until its logger is closed | |
+
+From *theirs* it comes to *kept* where the credentials of the collector process were refused.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.collector_thread import CollectorThread, User
+from flowbuffer.handover import wake_collector
+from flowbuffer.launcher import Launcher
+from flowbuffer.settings import Settings
+from flowbuffer.spool.states import delivery_note
+
+if TYPE_CHECKING:
+    from flowbuffer.collector import Collector, Stream
+
+#: How often it is looked whether the collector process is there, in s; and while somebody waits.
+CHECK_EVERY_S = 2.0
+_LOOK_EVERY_S = 0.1
+#: Who did not say for so long, in s, that it waits, waits no more.
+_WAITS_FOR_S = 1.0
+#: How long a folder is delivered here before a collector process that is ready gets it, in s.
+_HERE_FOR_S = 1.0
+#: How long a collector process that is ready may take to claim a folder, in s.
+_TAKES_S = 2.0
+
+
+@dataclass(eq=False)
+class _Folder:
+    """A folder of this process.
+
+    Attributes:
+        waits_s: When somebody last said that it waits for points in it.
+        stream: Its delivery here.
+        since_s: Since when it is delivered here.
+        left_until_s: Until then it is left to the collector process.
+        insists: It was left, and not taken.
+        kept: It is not left to the collector process any more.
+    """
+
+    path: Path
+    uri: str
+    user: weakref.ref[User]
+    waits_s: float = -math.inf
+    stream: Stream | None = None
+    since_s: float = -math.inf
+    left_until_s: float = -math.inf
+    insists: bool = False
+    kept: bool = False
+
+
+class Stopgap(CollectorThread):
+    """Keeps a collector process at work for the loggers of this process, and stands in for it.
+
+    Args:
+        settings: Of the loggers.
+        tracking_uri: Of the first of them, with credentials if it has any.
+    """
+
+    def __init__(self, settings: Settings, tracking_uri: str) -> None:
+        super().__init__(settings, "flowbuffer-watch")
+        self._launcher = Launcher(self.spool.root, settings, tracking_uri)
+        self._folders: dict[Path, _Folder] = {}
+        self._launched = False
+        self._look_at_s = -math.inf
+        self._tend_at_s = -math.inf
+
+    def join(self, user: User, folder: Path, tracking_uri: str) -> None:
+        """As of :class:`CollectorThread`. Waits until the collector process is started, some ms: a
+        program that calls ``os.wait()`` next is not to meet what starts it."""
+        super().join(user, folder, tracking_uri)
+        self._wait_until(lambda: self._launched)
+
+    def _join(self, user: weakref.ref[User], folder: Path, tracking_uri: str) -> None:
+        self._users[folder] = user, tracking_uri
+        self._folders[folder] = _Folder(folder, tracking_uri, user)
+        self._launcher.ensure()
+        self._launched = True
+
+    def _hurry(self, folder: Path) -> None:
+        if folder in self._folders:
+            now_s = SYSTEM_CLOCK.monotonic_s()
+            if self._folders[folder].waits_s < now_s - _LOOK_EVERY_S:
+                self._look_at_s = now_s
+            self._folders[folder].waits_s = now_s
+
+    def _leave(self, folder: Path) -> None:
+        super()._leave(folder)
+        left = self._folders.pop(folder, None)
+        if left is not None and left.stream is not None:
+            left.stream.until_s = (
+                SYSTEM_CLOCK.monotonic_s()
+            )  # the rest is for the collector process
+
+    def _step(self, hurry: bool) -> float:
+        now_s = SYSTEM_CLOCK.monotonic_s()
+        if now_s >= self._tend_at_s:
+            self._tend_at_s = now_s + CHECK_EVERY_S
+            self._look_at_s = now_s
+            for user in [folder.user() for folder in self._folders.values()]:
+                if user is not None:
+                    user.tend()
+        if now_s >= self._look_at_s and self._folders:
+            self._look(now_s)
+            waits = any(self._waits(folder, now_s) for folder in self._folders.values())
+            self._look_at_s = now_s + (_LOOK_EVERY_S if waits else CHECK_EVERY_S)
+        next_s = self._collector.step(hurry=hurry) if self.streams else math.inf
+        return max(min(next_s, self._look_at_s - SYSTEM_CLOCK.monotonic_s()), 0.0)
+
+    def _wait(self, next_s: float) -> None:
+        if self.streams:
+            self._collector.wait(next_s)
+        else:
+            SYSTEM_CLOCK.wait(self._wake, next_s)
+            self._wake.clear()
+
+    def _look(self, now_s: float) -> None:
+        self._launcher.ensure()
+        ready = wake_collector(self.spool.root)
+        for folder in self._folders.values():
+            if folder.stream not in self.streams:
+                folder.stream = None
+            waits = self._waits(folder, now_s)
+            if bool(delivery_note(folder.path).get("unauthorised")):
+                folder.kept = True
+            if folder.stream is None:
+                if folder.kept or (waits and now_s >= folder.left_until_s):
+                    folder.stream = self._collector.add(folder.path, folder.uri)
+                    folder.since_s = now_s
+            elif folder.kept:
+                folder.stream.until_s = math.inf
+            elif not waits:
+                folder.stream.until_s = now_s
+                folder.insists = False
+            elif ready and not folder.insists and now_s - folder.since_s > _HERE_FOR_S:
+                folder.stream.until_s = now_s
+                folder.left_until_s = now_s + _TAKES_S
+                folder.insists = True
+            else:
+                folder.stream.until_s = math.inf
+
+    def _waits(self, folder: _Folder, now_s: float) -> bool:
+        return now_s - folder.waits_s < _WAITS_FOR_S
+
+    def _make(self) -> Collector:
+        from flowbuffer.collector import Collector
+
+        return Collector(
+            self.spool,
+            self._settings,
+            SYSTEM_CLOCK,
+            destinations=None,
+            stopgap=True,
+            wake=self._wake,
+        )
