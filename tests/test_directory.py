@@ -29,7 +29,7 @@ def test_a_living_producer_is_not_adopted(spool: Spool) -> None:
     assert claim is not None
     assert claim.info == info
     claim.remove()
-    assert list(spool.root.iterdir()) == []
+    assert [path.name for path in spool.root.iterdir()] == ["spool.json"]
 
 
 @pytest.mark.parametrize("run_id", ["..", "../../etc", "/etc", "", ".", "a/b", "a\0b", "ü" * 300])
@@ -59,15 +59,16 @@ def test_what_was_never_finished_is_swept(spool: Spool) -> None:
     """A folder that a killed process was making is deleted; one in the making is not."""
     directory = spool.add_producer(this_producer("run", "sqlite:///x.db", 0))
     run = directory.path.parent
-    for name in (".old", ".young", ".held"):
+    old, young, held_one = (f".host-{pid}-{'ab' * 6}" for pid in (1, 2, 3))
+    for name in (old, young, held_one):
         (run / name).mkdir()
         (run / name / "producer.lock").touch(mode=0o600)
-        if name != ".young":
+        if name != young:
             os.utime(run / name, (time.time() - 100, time.time() - 100))
-    held = FileLock.take(run / ".held" / "producer.lock")
+    held = FileLock.take(run / held_one / "producer.lock")
     assert held is not None
     spool.sweep()
-    assert {path.name for path in run.iterdir()} == {directory.path.name, ".young", ".held"}
+    assert {path.name for path in run.iterdir()} == {directory.path.name, young, held_one}
     held.release()
     directory.lock.release()
 

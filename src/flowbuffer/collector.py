@@ -28,6 +28,7 @@ from flowbuffer.source import Source
 from flowbuffer.spool import dead_letters
 from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
+from flowbuffer.spool.mark import foreign
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import closed_outcome, parked_reason
 from flowbuffer.transport import Transport, absolute_uri
@@ -344,7 +345,14 @@ class Collector:
         self._forget(stream)
         for problem in stream.reader.problems:
             _log.warning("the spool is damaged: %s", problem)
-        if stream.reader.problems or dead_letters.are_in(stream.claim.path):
+        others = foreign(stream.claim.path)
+        for name in others[:1]:
+            _log.warning(
+                "%s is delivered, and kept for what is not flowbuffer's: %s",
+                stream.claim.path,
+                name,
+            )
+        if others or stream.reader.problems or dead_letters.are_in(stream.claim.path):
             self._left.add(stream.claim.path)
             stream.reader.note_done()
             stream.claim.release()

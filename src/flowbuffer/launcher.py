@@ -21,6 +21,7 @@ from flowbuffer.handover import (
 )
 from flowbuffer.settings import Settings
 from flowbuffer.spool.files import FileLock, open_file
+from flowbuffer.spool.mark import is_marked
 
 _log = logging.getLogger("flowbuffer")
 
@@ -53,6 +54,8 @@ class Launcher:
         """Start a collector if there is none. Does not wait for it, and raises nothing."""
         now_s = SYSTEM_CLOCK.monotonic_s()
         try:
+            if not is_marked(self._root):
+                return  # it was wiped, and what is there now is somebody else's
             lock = FileLock.take(collector_lock(self._root), create=True)
             if lock is None:
                 if now_s - self._started_s > _SHORT_LIFE_S:

@@ -23,8 +23,9 @@ from flowbuffer.credentials import without_credentials
 from flowbuffer.delivery_client import warm_up
 from flowbuffer.errors import FlowbufferError, SettingError, TransportError, UnauthorisedError
 from flowbuffer.settings import Settings
-from flowbuffer.spool.directory import REMOTE_FILE_SYSTEMS, Spool
+from flowbuffer.spool.directory import REMOTE_FILE_SYSTEMS, Spool, folders
 from flowbuffer.spool.files import MOVE_IT, check_private, file_system_of
+from flowbuffer.spool.mark import check_spool
 from flowbuffer.transport import absolute_uri
 
 #: How long a server may take to answer, in s.
@@ -112,19 +113,20 @@ def _spool(root: Path) -> Iterator[Check]:
 
 def _permissions(root: Path) -> Check:
     try:
-        check_private(root)
-        if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
-            raise FlowbufferError(f"{root} is not writable")
+        check_spool(root)
     except (FlowbufferError, OSError) as error:
-        return Check(name="spool", result="fail", detail=str(error), advice=f"chmod 700 {root}")
-    for run in sorted(path for path in root.iterdir() if path.is_dir()):
-        for folder in (run, *(path for path in run.iterdir() if path.is_dir())):
-            try:
-                check_private(folder)
-            except (FlowbufferError, OSError) as error:
-                detail = f"a folder is not delivered: {error}"
-                advice = f"chmod -R go-rwx {root}"
-                return Check(name="spool", result="fail", detail=detail, advice=advice)
+        return Check(name="spool", result="fail", detail=str(error), advice=MOVE_IT)
+    if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
+        detail = f"{root} is not writable"
+        return Check(name="spool", result="fail", detail=detail, advice=f"chmod 700 {root}")
+    for folder in folders(root):
+        try:
+            check_private(folder.parent)
+            check_private(folder)
+        except (FlowbufferError, OSError) as error:
+            detail = f"a folder is not delivered: {error}"
+            advice = f"chmod -R go-rwx {folder.parent}"
+            return Check(name="spool", result="fail", detail=detail, advice=advice)
     return Check(name="spool", result="ok", detail=str(root))
 
 
@@ -147,14 +149,14 @@ def _room(root: Path, settings: Settings) -> Iterator[Check]:
 
 def _used_bytes(root: Path) -> int:
     try:
-        return Spool(root).used_bytes() if root.is_dir() else 0
+        return Spool(root, make=False).used_bytes() if root.is_dir() else 0
     except (FlowbufferError, OSError):
         return 0  # told by another check
 
 
 def _left_over(root: Path) -> Iterator[Check]:
     try:
-        found = status(Spool(root)) if root.is_dir() else None
+        found = status(Spool(root, make=False)) if root.is_dir() else None
     except (FlowbufferError, OSError):
         return  # told by another check
     rows = [] if found is None else found.producers

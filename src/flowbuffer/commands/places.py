@@ -32,7 +32,7 @@ def spool_of(settings: Settings) -> Spool:
     root = settings.resolved_spool_dir()
     if not root.exists():
         raise FlowbufferError(f"there is no spool at {root}; name another with --spool")
-    return Spool(root)
+    return Spool(root, make=False)
 
 
 def unread_segments(folder: Path) -> list[str]:

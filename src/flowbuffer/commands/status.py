@@ -85,9 +85,7 @@ def status(spool: Spool) -> SpoolStatus:
 def collector(root: Path) -> tuple[bool, int | None]:
     """Whether a collector process works a spool, and its process id."""
     path = collector_lock(root)
-    lock = FileLock.take(path)
-    if lock is not None:
-        lock.release()
+    if not FileLock.is_held(path):
         return False, None
     try:
         text = read_file(path, limit=32)

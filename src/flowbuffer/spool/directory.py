@@ -14,9 +14,20 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flowbuffer.errors import SpoolError
+from flowbuffer.report import warn_once
 from flowbuffer.spool import removed
 from flowbuffer.spool.files import MOVE_IT, FileLock, check_private, file_system_of, write_file
 from flowbuffer.spool.info import ProducerInfo, read_info
+from flowbuffer.spool.layout import is_own_file, is_producer_name
+from flowbuffer.spool.mark import (
+    check_outside,
+    check_spool,
+    foreign,
+    is_marked,
+    is_unfinished,
+    mark,
+    unfinished_marks,
+)
 
 #: Where flock, shared mappings or reserved blocks do not hold what the spool needs of them.
 REMOTE_FILE_SYSTEMS = frozenset(
@@ -53,7 +64,8 @@ class Claim:
         self.lock.release()
 
     def remove(self, *, delivered: int | None) -> None:
-        """Delete the folder, and the run's when it was the last one.
+        """Delete the folder, and the run's when it was the last one. What somebody put into it
+        stays where it is, and so does the folder.
 
         Args:
             delivered: How many segments it had, if all points in them are delivered; None if some
@@ -62,10 +74,14 @@ class Claim:
         """
         os.stat(self.path)  # what was wiped was not removed here
         recorded = self._record(delivered)
-        doomed = self.path.with_name(f".{self.path.name}")
-        self.path.rename(doomed)  # at once, so that nobody finds half a folder
-        for entry in _entries(doomed):
-            os.unlink(entry.path)
+        others = foreign(self.path)
+        if others:
+            warn_once(f"{self.path} is kept for what is not flowbuffer's: {others[0]}")
+            doomed = self.path
+        else:
+            doomed = self.path.with_name(f".{self.path.name}")
+            self.path.rename(doomed)  # at once, so that nobody finds half a folder
+        _delete_files(doomed)
         if not recorded:
             self._record(delivered)  # on a full disk, now that there is room
         _delete(doomed)
@@ -83,27 +99,49 @@ class Spool:
     """The folder in which all producers of a user on one machine keep their points.
 
     Args:
-        root: The folder; made with mode 0700 where it does not exist.
+        root: The folder.
+        make: Make it, with mode 0700, where it does not exist, and mark it (see ``mark``). Else it
+            has to be one, and nothing is changed: for whoever only looks.
 
     Raises:
-        SpoolError: It is not a folder, belongs to somebody else, is open to others, or lies on a
-            network or FUSE file system.
+        SpoolError: It is not a folder, holds other things, belongs to somebody else, is open to
+            others, or lies on a network or FUSE file system.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, make: bool = True) -> None:
         self.root = root
+        if make:
+            self.make()
+        elif not self._check():
+            raise SpoolError(f"there is no spool at {root}: the folder is empty")
+
+    def make(self) -> None:
+        """Make and mark it, if it is not there (any more).
+
+        Raises:
+            SpoolError: As the class says.
+        """
+        root = self.root
         try:
-            for parent in reversed(root.parents):
-                if not parent.exists():
-                    parent.mkdir(mode=0o700, exist_ok=True)
-            _private_directory(root)
+            check_outside(root)
+            for folder in (*reversed(root.parents), root):
+                if not folder.exists():
+                    folder.mkdir(mode=0o700, exist_ok=True)
+            self._check()
+            if not is_marked(root):
+                mark(root)
         except OSError as error:
             if isinstance(error, SpoolError):
                 raise
             raise SpoolError(f"the spool {root} cannot be made ({error}); {MOVE_IT}") from error
-        kind = file_system_of(root)
+
+    def _check(self) -> bool:
+        """Whether it is a spool; False if it is an empty folder."""
+        used = check_spool(self.root)
+        kind = file_system_of(self.root)
         if kind in REMOTE_FILE_SYSTEMS or kind.startswith("fuse"):
-            raise SpoolError(f"the spool {root} lies on a {kind} file system; {MOVE_IT}")
+            raise SpoolError(f"the spool {self.root} lies on a {kind} file system; {MOVE_IT}")
+        return used
 
     def add_producer(self, info: ProducerInfo) -> ProducerDirectory:
         """A new folder for one producer, its lock held.
@@ -119,6 +157,8 @@ class Spool:
             raise SpoolError(f"no producer's folder can be made in {self.root}: {error}") from error
 
     def _add_producer(self, info: ProducerInfo) -> ProducerDirectory:
+        if not is_marked(self.root):
+            self.make()  # it was wiped
         run = self.root / escaped(info.run_id)
         name = f"{escaped(info.host)[:40]}-{info.pid}-{os.urandom(6).hex()}"
         unborn = run / f".{name}"
@@ -158,6 +198,12 @@ class Spool:
             check_private(folder)
         except FileNotFoundError:
             return None
+        try:
+            read_info(folder)  # else there is nothing that is flowbuffer's to lock
+        except SpoolError:
+            if folder.exists():
+                raise
+            return None
         if not living and has_producer(folder):
             return None  # and its reader.lock is left to whoever has a right to it
         lock = FileLock.take(folder / "reader.lock", create=True)
@@ -178,12 +224,14 @@ class Spool:
         for run in _subfolders(self.root):
             for folder in _subfolders(run, hidden=True):
                 try:
-                    if time.time() - folder.stat().st_mtime < _UNFINISHED_FOR_S:
-                        continue
-                    # The first is held by who makes a folder, the second by who deletes one.
-                    self._sweep(folder, ["producer.lock", "reader.lock"])
+                    if _is_old(folder) and is_unfinished(folder):
+                        # The first is held by who makes a folder, the second by who deletes one.
+                        self._sweep(folder, ["producer.lock", "reader.lock"])
                 except OSError:
                     continue  # another process was faster
+        for path in unfinished_marks(self.root):
+            if _is_old(path):
+                path.unlink(missing_ok=True)
 
     def _sweep(self, folder: Path, locks: list[str]) -> None:
         if not locks:
@@ -210,9 +258,20 @@ class Spool:
 
 def folders(root: Path, run_id: str | None = None) -> Iterator[Path]:
     """:meth:`Spool.folders` of a spool that need not exist."""
-    runs = _subfolders(root) if run_id is None else [root / escaped(run_id)]
+    runs = _subfolders(root)
+    if run_id is not None:
+        runs = [run for run in runs if run.name == escaped(run_id)]
     for run in runs:
-        yield from _subfolders(run)
+        yield from filter(_is_producers, _subfolders(run))
+
+
+def _is_producers(folder: Path) -> bool:
+    """Whether a folder is a producer's, and not somebody else's, or what is left of one."""
+    if os.path.lexists(folder / "producer.json"):
+        return True
+    return is_producer_name(folder.name) and any(
+        entry.name.endswith(".slots") for entry in _entries(folder)
+    )
 
 
 def has_producer(folder: Path) -> bool:
@@ -235,13 +294,28 @@ def _private_directory(folder: Path) -> None:
 
 def _delete(folder: Path) -> None:
     """Delete a producer's folder, and the run's when it was the last one."""
-    for entry in _entries(folder):
-        os.unlink(entry.path)
-    folder.rmdir()
-    try:
-        folder.parent.rmdir()
-    except OSError:
-        pass  # another producer of the run is there
+    _delete_files(folder)
+    for emptied in (folder, folder.parent):
+        try:
+            emptied.rmdir()
+        except OSError:
+            return  # something else is in it, like another producer of the run
+
+
+def _delete_files(folder: Path) -> None:
+    """Delete what is in a producer's folder, but for what is not flowbuffer's."""
+    own = [
+        entry.path
+        for entry in _entries(folder)
+        if is_own_file(entry.name) and entry.is_file(follow_symlinks=False)
+    ]
+    # Until the last moment it can be read, and is locked.
+    for path in sorted(own, key=lambda path: path.endswith((".json", ".lock"))):
+        os.unlink(path)
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat(follow_symlinks=False).st_mtime >= _UNFINISHED_FOR_S
 
 
 def _subfolders(folder: Path, *, hidden: bool = False) -> list[Path]:
@@ -253,9 +327,9 @@ def _subfolders(folder: Path, *, hidden: bool = False) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder; nothing if it is gone."""
+    """What is in a folder; nothing if it is gone, or somebody's who lets nobody look."""
     try:
         with os.scandir(folder) as found:
             return list(found)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return []

@@ -118,7 +118,7 @@ class FileLock:
             SpoolError, OSError: As :func:`open_file`, but for a file that is not there.
         """
         try:
-            file = descriptor_of(path, os.O_RDWR)
+            file = descriptor_of(path, os.O_RDONLY)
         except FileNotFoundError:
             return False
         with file:
@@ -188,10 +188,18 @@ _serials = itertools.count()
 
 
 def write_file(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Replace a file whole: whoever reads it finds the old content or the new."""
+    """Replace a file whole: whoever reads it finds the old content or the new.
+
+    Raises:
+        SpoolError: What is there is no file, so it is somebody's.
+        OSError: It cannot be written.
+    """
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise SpoolError(f"{path} is not a regular file, and is not replaced")
     fresh = path.with_name(f".{path.name}.{next(_serials)}.new")
     try:
-        with descriptor_of(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+        with descriptor_of(fresh, os.O_WRONLY | os.O_CREAT) as file:
+            os.ftruncate(file.number, 0)  # only now that it is known to be a private file
             rest = memoryview(content)
             while rest:
                 rest = rest[os.write(file.number, rest) :]
@@ -203,21 +211,30 @@ def write_file(path: Path, content: bytes, *, durable: bool = False) -> None:
         raise
 
 
-def check_private(folder: Path) -> None:
-    """Refuse a folder that is not this user's alone.
+def check_own(folder: Path) -> None:
+    """Refuse what is not a folder of this user.
 
     Raises:
-        SpoolError: It is a link, no folder, somebody else's, or open to others.
+        SpoolError: It is a link, no folder, or somebody else's.
     """
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise SpoolError(f"{folder} is not a folder (links are not followed); {MOVE_IT}")
     if found.st_uid != os.geteuid():
         raise SpoolError(f"{folder} belongs to user id {found.st_uid}; {MOVE_IT}")
-    if found.st_mode & 0o077:
+
+
+def check_private(folder: Path) -> None:
+    """Refuse a folder that is not this user's alone.
+
+    Raises:
+        SpoolError: It is a link, no folder, somebody else's, or open to others.
+    """
+    check_own(folder)
+    mode = stat.S_IMODE(folder.lstat().st_mode)
+    if mode & 0o077:
         raise SpoolError(
-            f"{folder} is open to other users (mode {stat.S_IMODE(found.st_mode):04o}); "
-            f"chmod -R go-rwx it, or {MOVE_IT}"
+            f"{folder} is open to other users (mode {mode:04o}); chmod -R go-rwx it, or {MOVE_IT}"
         )
 
 

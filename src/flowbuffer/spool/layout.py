@@ -3,6 +3,10 @@
 ::
 
     <spool_dir>/                     mode 0700, files 0600
+      spool.json                     the mark: this folder is a spool, of this format
+      collector.lock                 flock, held by the collector process; its pid
+      collector.log                  what that process has to say
+      runs.json, runs.lock           runs that ``flowbuffer sync`` created
       <run>/<producer>/              one producer: one process logging to one run
         producer.json                who wrote this, and for which server; no credentials
         producer.lock                flock, held while the producer lives
@@ -20,6 +24,10 @@
         retried.jsonl                dead letters whose points were put into the spool again
         parked.json                  why this run takes no more points, if it does not
       removed, removed.old           which folders were removed whole (see ``removed``)
+
+A run's folder is named after the run, a producer's ``<host>-<pid>-<12 hex digits>``, with a dot
+before it while it is being made or deleted. A file that is being replaced has a dot before its name
+and a number and ``.new`` after it, a new segment has those after its number. Whatever has another name is not flowbuffer's, and is left alone.
 
 **Segment**: a header of 64 bytes, then slots of 40.
 
@@ -84,6 +92,7 @@ then n f64 values, then n i64 steps if they follow, then n i64 timestamps if the
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -154,6 +163,33 @@ TEXT_HEADER: Final = struct.Struct("<I")
 
 #: So many ids may be without a key; a larger one in a key table is damage.
 _SKIPPED_IDS: Final = 65536
+
+#: The names of all files that flowbuffer makes in a producer's folder: it deletes no other.
+_FILES: Final = (
+    "producer.json",
+    "producer.lock",
+    "reader.lock",
+    "keys",
+    "carry",
+    "delivery.json",
+    "rejected.jsonl",
+    "parked.json",
+)
+_SEGMENT_FILE: Final = re.compile(r"[0-9]{8,}\.(slots|journal|states|lost|damaged|([0-9]+\.)?new)")
+_REPLACED: Final = re.compile(r"\.(.+?)(\.[0-9]+)?\.(new|reused)")
+_PRODUCER: Final = re.compile(r"\.?[^.].*-[0-9]+-[0-9a-f]{12}")
+
+
+def is_own_file(name: str) -> bool:
+    """Whether flowbuffer gives this name to a file in a producer's folder."""
+    replaced = _REPLACED.fullmatch(name)
+    plain = name if replaced is None else replaced[1]
+    return plain in _FILES or _SEGMENT_FILE.fullmatch(plain) is not None
+
+
+def is_producer_name(name: str) -> bool:
+    """Whether flowbuffer gives this name to a producer's folder, unfinished ones included."""
+    return _PRODUCER.fullmatch(name) is not None
 
 
 def segment_size(slots: int) -> int:
