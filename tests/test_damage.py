@@ -66,7 +66,7 @@ class Sample:
     def deliver(self, files: dict[str, bytes]) -> Outcome:
         """Deliver a spool of these files, twice; the second time nothing may come any more."""
         shutil.rmtree(self.work, ignore_errors=True)
-        folder = self.work / RUN / "host-1-abc"
+        folder = self.work / RUN / "host-1-abcabcabcabc"
         for level in (self.work, folder.parent, folder):
             level.mkdir(mode=0o700)
         for name, content in files.items():

@@ -26,8 +26,8 @@
       removed, removed.old           which folders were removed whole (see ``removed``)
 
 A run's folder is named after the run, a producer's ``<host>-<pid>-<12 hex digits>``, with a dot
-before it while it is being made or deleted. A file that is being replaced has a dot before its name
-and a number and ``.new`` after it, a new segment has those after its number. Whatever has another name is not flowbuffer's, and is left alone.
+before it while it is being made or deleted. A file that is not whole yet has a number and ``.new``
+after its name, and a dot before it. What has another name is not flowbuffer's, and is left alone.
 
 **Segment**: a header of 64 bytes, then slots of 40.
 
