@@ -421,17 +421,18 @@ def test_crafted_lengths(sample: Sample, claim: str) -> None:
 
 def test_one_damaged_folder_keeps_no_other(sample: Sample) -> None:
     """A folder that cannot be delivered is no obstacle for the folders behind it."""
+    first, second = (f"host-{pid}-abcabcabcabc" for pid in (1, 2))
     for number, (name, content) in enumerate(
         [("producer.json", b"[" * 65536), ("carry", layout.frame(1, bytes(20) + b"odd"))]
     ):
         shutil.rmtree(sample.work, ignore_errors=True)
-        for producer in ("a", "b"):
+        for producer in (first, second):
             folder = sample.work / RUN / producer
             for level in (sample.work, folder.parent, folder):
                 level.mkdir(mode=0o700, exist_ok=True)
             for file, undamaged in sample.files.items():
                 (folder / file).write_bytes(undamaged)
-        (sample.work / RUN / "a" / name).write_bytes(content)
+        (sample.work / RUN / first / name).write_bytes(content)
         rows, said = collected(sample.work)
         assert rows == sample.rows, number
         assert said

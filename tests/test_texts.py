@@ -396,7 +396,7 @@ class Sample:
         """Deliver a copy in which these files, by the last part of their names, are others."""
         work = self.root / "work"
         shutil.rmtree(work, ignore_errors=True)
-        folder = work / RUN / "host-1-abc"
+        folder = work / RUN / "host-1-abcabcabcabc"
         for level in (work, folder.parent, folder):
             level.mkdir(mode=0o700)
         for name, content in self.files.items():

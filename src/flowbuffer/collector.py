@@ -346,12 +346,8 @@ class Collector:
         for problem in stream.reader.problems:
             _log.warning("the spool is damaged: %s", problem)
         others = foreign(stream.claim.path)
-        for name in others[:1]:
-            _log.warning(
-                "%s is delivered, and kept for what is not flowbuffer's: %s",
-                stream.claim.path,
-                name,
-            )
+        if others:
+            _log.warning("%s is kept: %s is not flowbuffer's", stream.claim.path, others[0])
         if others or stream.reader.problems or dead_letters.are_in(stream.claim.path):
             self._left.add(stream.claim.path)
             stream.reader.note_done()

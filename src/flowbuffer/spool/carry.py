@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from flowbuffer.errors import SpoolError, SpoolFormatError
+from flowbuffer.errors import SpoolFormatError
 from flowbuffer.spool import layout
 from flowbuffer.spool.files import open_file, read_file, write_file
 

@@ -173,6 +173,7 @@ _FILES: Final = (
     "carry",
     "delivery.json",
     "rejected.jsonl",
+    "retried.jsonl",
     "parked.json",
 )
 _SEGMENT_FILE: Final = re.compile(r"[0-9]{8,}\.(slots|journal|states|lost|damaged|([0-9]+\.)?new)")
