@@ -24,7 +24,7 @@ from flowbuffer.errors import FlowbufferError
 from flowbuffer.handover import WAKE_SIGNAL, collector_lock, handed_on_ms, handed_on_uri
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.files import Descriptor, FileLock
+from flowbuffer.spool.files import FileLock, OwnedFile
 from flowbuffer.spool.info import read_info
 
 _log = logging.getLogger("flowbuffer")
@@ -139,7 +139,7 @@ def main() -> None:
         print("this is started by flowbuffer; to deliver a spool: flowbuffer sync", file=sys.stderr)
         sys.exit(2)
     root, descriptor = Path(sys.argv[1]), int(sys.argv[2])
-    lock: FileLock | None = FileLock(Descriptor(descriptor))
+    lock: FileLock | None = FileLock(OwnedFile(descriptor))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, maybe, by the program that started it
     descriptors = _raise_descriptor_limit()
     os.umask(0o077)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import itertools
 import os
 import stat
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 from flowbuffer.errors import SpoolError
@@ -17,57 +17,63 @@ from flowbuffer.errors import SpoolError
 MOVE_IT = "set FLOWBUFFER_SPOOL_DIR (spool_dir) to a folder on a local disk or tmpfs"
 
 
-class Descriptor:
-    """An open file. It is closed at the latest when nobody refers to it any more, so that a call
-    that is interrupted leaves none open.
-
-    Args:
-        number: What the system calls it; -1 once it is closed.
-    """
-
-    __slots__ = ("number",)
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def close(self, _close: Callable[[int], None] = os.close) -> None:
-        """Close it; doing so again does nothing."""
-        # Forgotten first: the next file that is opened gets the same number.
-        number, self.number = self.number, -1
-        if number >= 0:
-            _close(number)
-
-    def __enter__(self) -> Descriptor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class OwnedFile(io.FileIO):
+    """An open file that is closed, without a word, at the latest when nobody refers to it any more:
+    a call that is interrupted leaves no descriptor open, and no lock taken."""
 
     def __del__(self) -> None:
         self.close()
 
 
-def descriptor_of(path: Path, flags: int) -> Descriptor:
-    """:func:`open_file` as an object. It takes the spare descriptor if there is no other."""
+def opened(path: Path, flags: int) -> OwnedFile:
+    """A regular file of this user; links are not followed.
+
+    Args:
+        path: Where it is.
+        flags: As of :func:`os.open`; a file that is made is this user's alone.
+
+    Raises:
+        SpoolError: It is a link, not a regular file, somebody else's, or open to others.
+        OSError: As :func:`os.open`.
+    """
     try:
-        file = Descriptor(open_file(path, flags))
+        try:
+            file = _opened(path, flags)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not _spare:
+                raise
+            _spare.pop().close()
+            file = _opened(path, flags)
     except OSError as error:
-        if error.errno != errno.EMFILE or not _spare:
-            raise
-        _spare.pop().close()
-        file = Descriptor(open_file(path, flags))
+        if path.is_symlink():
+            raise SpoolError(f"{path} is a link; flowbuffer follows none") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise SpoolError(f"{path} is not a regular file") from error
+        raise
     if not _spare:
         _have_spare()
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        file.close()
+        raise SpoolError(f"{path} is not a regular file of this user")
+    if found.st_mode & 0o077:
+        file.close()
+        raise SpoolError(f"{path} is open to other users; chmod 600 it")
     return file
 
 
+def _opened(path: Path, flags: int) -> OwnedFile:
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    return OwnedFile(path, opener=lambda name, _: os.open(name, flags, 0o600))
+
+
 #: A descriptor that is given up where the program has used all others, so that logging goes on.
-_spare: list[Descriptor] = []
+_spare: list[OwnedFile] = []
 
 
 def _have_spare() -> None:
     try:
-        _spare.append(Descriptor(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
+        _spare.append(OwnedFile(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
     except OSError:
         pass  # there will be one when the program has closed some of its own
 
@@ -82,20 +88,20 @@ class FileLock:
         file: Locked already, or about to be.
     """
 
-    def __init__(self, file: Descriptor) -> None:
+    def __init__(self, file: OwnedFile) -> None:
         self._file = file
         _held_locks.add(self)
 
     @property
     def descriptor(self) -> int:
         """What the system calls the locked file; -1 once it is released."""
-        return self._file.number
+        return -1 if self._file.closed else self._file.fileno()
 
     @classmethod
     def take(cls, path: Path, *, create: bool = False) -> FileLock | None:
         """The lock of the file at ``path``, or None if another process holds it or it is gone."""
         try:
-            lock = cls(descriptor_of(path, os.O_RDWR | (os.O_CREAT if create else 0)))
+            lock = cls(opened(path, os.O_RDWR | (os.O_CREAT if create else 0)))
         except FileNotFoundError:
             return None
         try:
@@ -115,16 +121,16 @@ class FileLock:
         """Whether a process holds the lock of the file at ``path``. Any number may ask at once.
 
         Raises:
-            SpoolError, OSError: As :func:`open_file`, but for a file that is not there.
+            SpoolError, OSError: As :func:`opened`, but for a file that is not there.
         """
         try:
-            file = descriptor_of(path, os.O_RDONLY)
+            file = opened(path, os.O_RDONLY)
         except FileNotFoundError:
             return False
         with file:
             try:
-                fcntl.flock(file.number, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                fcntl.flock(file.number, fcntl.LOCK_UN)  # a child may have the descriptor, too
+                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file.fileno(), fcntl.LOCK_UN)  # a child may have the descriptor, too
                 return False
             except BlockingIOError:
                 return True
@@ -153,33 +159,14 @@ os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 def open_file(path: Path, flags: int) -> int:
-    """A descriptor of a regular file of this user; links are not followed.
-
-    Raises:
-        SpoolError: It is a link, not a regular file, somebody else's, or open to others.
-        OSError: As :func:`os.open`.
-    """
-    try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-    except OSError as error:
-        if path.is_symlink():
-            raise SpoolError(f"{path} is a link; flowbuffer follows none") from error
-        if error.errno in (errno.EISDIR, errno.ENXIO):
-            raise SpoolError(f"{path} is not a regular file") from error
-        raise
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-        os.close(descriptor)
-        raise SpoolError(f"{path} is not a regular file of this user")
-    if found.st_mode & 0o077:
-        os.close(descriptor)
-        raise SpoolError(f"{path} is open to other users; chmod 600 it")
-    return descriptor
+    """The descriptor of :func:`opened`, which the caller closes."""
+    with opened(path, flags) as file:
+        return os.dup(file.fileno())
 
 
 def read_file(path: Path, *, limit: int) -> bytes:
     """The content of a file, of which at most ``limit`` bytes are read."""
-    with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
+    with opened(path, os.O_RDONLY) as file:
         return file.read(min(limit, os.fstat(file.fileno()).st_size))
 
 
@@ -198,13 +185,13 @@ def write_file(path: Path, content: bytes, *, durable: bool = False) -> None:
         raise SpoolError(f"{path} is not a regular file, and is not replaced")
     fresh = path.with_name(f".{path.name}.{next(_serials)}.new")
     try:
-        with descriptor_of(fresh, os.O_WRONLY | os.O_CREAT) as file:
-            os.ftruncate(file.number, 0)  # only now that it is known to be a private file
+        with opened(fresh, os.O_WRONLY | os.O_CREAT) as file:
+            os.ftruncate(file.fileno(), 0)  # only now that it is known to be a private file
             rest = memoryview(content)
             while rest:
-                rest = rest[os.write(file.number, rest) :]
+                rest = rest[os.write(file.fileno(), rest) :]
             if durable:
-                os.fsync(file.number)
+                os.fsync(file.fileno())
         fresh.replace(path)
     except BaseException:
         fresh.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from flowbuffer.errors import SpoolFull
-from flowbuffer.spool.files import Descriptor, descriptor_of
+from flowbuffer.spool.files import OwnedFile, opened
 
 
 def append_frame(path: Path, frame: bytes, *, durable: bool) -> int:
@@ -29,21 +29,21 @@ def append_frame(path: Path, frame: bytes, *, durable: bool) -> int:
         SpoolFull: There is no room.
     """
     try:
-        with descriptor_of(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
+        with opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
             _check_room(file, len(frame))
-            written = os.write(file.number, frame)
+            written = os.write(file.fileno(), frame)
             if written < len(frame):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if durable:
-                os.fsync(file.number)
+                os.fsync(file.fileno())
             # The end of what this descriptor wrote, whatever others have written meanwhile.
-            return os.lseek(file.number, 0, os.SEEK_CUR) - len(frame)
+            return os.lseek(file.fileno(), 0, os.SEEK_CUR) - len(frame)
     except OSError as error:
         raise SpoolFull(f"no room for {len(frame)} bytes in {path.parent}: {error}") from error
 
 
-def _check_room(file: Descriptor, size: int) -> None:
+def _check_room(file: OwnedFile, size: int) -> None:
     """Refuse what would be torn, as far as that can be known."""
-    disk = os.fstatvfs(file.number)
+    disk = os.fstatvfs(file.fileno())
     if disk.f_bavail * disk.f_frsize < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from flowbuffer.errors import SpoolError, SpoolFull
 from flowbuffer.spool import layout
-from flowbuffer.spool.files import descriptor_of
+from flowbuffer.spool.files import opened
 
 #: ``MADV_POPULATE_WRITE`` (Linux 5.14): take the page faults of a segment at once.
 _POPULATE_WRITE = 23
@@ -43,10 +43,10 @@ def segment(path: Path, number: int, slots: int, *, durable: bool) -> mmap.mmap:
     try:
         if not path.exists():
             _make(path, number, slots)
-        with descriptor_of(path, os.O_RDWR) as file:
-            header = os.pread(file.number, layout.SEGMENT_HEADER_SIZE, 0)
+        with opened(path, os.O_RDWR) as file:
+            header = os.pread(file.fileno(), layout.SEGMENT_HEADER_SIZE, 0)
             size = layout.segment_size(layout.parse_segment_header(header, number))
-            buffer = mmap.mmap(file.number, size, **_UNTRACKED)
+            buffer = mmap.mmap(file.fileno(), size, **_UNTRACKED)
     except SpoolError:
         raise
     except OSError as error:
@@ -65,9 +65,9 @@ def segment(path: Path, number: int, slots: int, *, durable: bool) -> mmap.mmap:
 def _make(path: Path, number: int, slots: int) -> None:
     unborn = path.with_name(f"{path.stem}.{next(_serials)}.new")
     try:
-        with descriptor_of(unborn, os.O_RDWR | os.O_CREAT) as file:
-            _reserve_blocks(file.number, layout.segment_size(slots))
-            os.pwrite(file.number, layout.segment_header(number, slots), 0)
+        with opened(unborn, os.O_RDWR | os.O_CREAT) as file:
+            _reserve_blocks(file.fileno(), layout.segment_size(slots))
+            os.pwrite(file.fileno(), layout.segment_header(number, slots), 0)
         # Unlike a rename, a link never takes the place of a segment that is there. So the reader
         # finds it whole, or not at all, and nobody's points are in a file that has lost its name.
         os.link(unborn, path)
