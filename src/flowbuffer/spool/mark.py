@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from flowbuffer.errors import SpoolError, SpoolFormatError
-from flowbuffer.spool.files import MOVE_IT, check_own, check_private, descriptor_of, read_file
+from flowbuffer.spool.files import MOVE_IT, check_own, check_private, opened, read_file
 from flowbuffer.spool.layout import FORMAT_VERSION, is_own_file, is_producer_name
 
 MARK: Final = "spool.json"
@@ -96,9 +96,9 @@ def mark(root: Path) -> None:
     fresh = root / f".{MARK}.{os.urandom(6).hex()}.new"
     content = json.dumps({"what": _WHAT, "format": FORMAT_VERSION}).encode()
     try:
-        with descriptor_of(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
-            os.write(file.number, content)
-            os.fsync(file.number)
+        with opened(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
+            os.write(file.fileno(), content)
+            os.fsync(file.fileno())
         fresh.replace(root / MARK)
     except BaseException:
         fresh.unlink(missing_ok=True)
