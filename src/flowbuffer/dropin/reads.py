@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from flowbuffer.active_run import current_uri, settled_uri
 from flowbuffer.dropin.calls import Original
-from flowbuffer.dropin.runs import forget_run, models_were_logged
+from flowbuffer.dropin.runs import experiment_of, forget_run, models_were_logged
 from flowbuffer.run_loggers import flush_all, flush_run, flush_server
 from flowbuffer.single_requests import is_delivering
+
+_here = threading.local()
+
+
+def is_reading() -> bool:
+    """Whether this thread is in a call that has waited for what it reads."""
+    return getattr(_here, "reads", False)
 
 
 class Waits:
@@ -37,22 +45,39 @@ class Waits:
 
     def _after(self, original: Original, wait: Callable[..., None]) -> Original:
         def method(client: Any, *args: Any, **kwargs: Any) -> Any:
-            if type(client) is self._tracking_client:  # else it is delivery's own
-                wait(client, *args, **kwargs)
-            return original(client, *args, **kwargs)
+            if type(client) is not self._tracking_client:
+                return original(client, *args, **kwargs)  # delivery's own
+            wait(client, *args, **kwargs)
+            before = is_reading()
+            _here.reads = True
+            try:
+                return original(client, *args, **kwargs)
+            finally:
+                _here.reads = before
 
         return method
 
     def _of_run(self, original: Original) -> Original:
-        return self._after(original, lambda _, run_id, *__, **___: flush_run(run_id))
-
-    def _of_all(self, original: Original) -> Original:
         return self._after(
-            original, lambda client, *_, **__: flush_all(settled_uri(client.tracking_uri))
+            original, lambda one, run_id, *_, **__: flush_run(run_id, one.tracking_uri)
         )
 
+    def _of_experiments(self, original: Original) -> Original:
+        def wait(client: Any, experiment_ids: Any, *_: Any, **__: Any) -> None:
+            asked = frozenset(map(str, experiment_ids or ()))
+            flush_all(
+                settled_uri(client.tracking_uri),
+                lambda run_id: experiment_of(client, run_id) in asked,
+            )
+
+        return self._after(original, wait)
+
     get_run = get_metric_history = delete_tag = _of_run
-    search_runs = get_logged_model = search_logged_models = _of_all
+    search_runs = search_logged_models = _of_experiments
+
+    def get_logged_model(self, original: Original) -> Original:
+        """A model has the metrics of any run."""
+        return self._after(original, lambda one, *_, **__: flush_all(settled_uri(one.tracking_uri)))
 
     def delete_run(self, original: Original) -> Original:
         """A deleted run, or a restored one, is looked for again."""
@@ -75,7 +100,7 @@ def request(original: Original) -> Original:
     process logged, too."""
 
     def request(session: Any, method: str, url: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(url, str) and _READS.search(url) and not is_delivering():
+        if isinstance(url, str) and _READS.search(url) and not is_delivering() and not is_reading():
             flush_server(url)
         return original(session, method, url, *args, **kwargs)
 

@@ -182,6 +182,8 @@ def _texts(kind: int, given: Mapping[Any, Any]) -> dict[str, str]:
 
 _runs: dict[tuple[str, str], BufferedRun] = {}
 _lock = threading.Lock()
+_experiments: dict[str, str] = {}  # by run; it never changes
+_MOST_EXPERIMENTS = 10_000
 _told: set[str] = set()  # why nothing can be spooled
 
 
@@ -240,6 +242,31 @@ def models_were_logged(run_id: str) -> None:
             run.has_models = True
 
 
+def experiment_of(tracking_client: Any, run_id: str) -> str | None:
+    """The experiment of a run; None if it is not to be found there now."""
+    known = _experiments.get(run_id)
+    if known is None:
+        try:
+            known = _ask(tracking_client, run_id).info.experiment_id
+        except Exception:
+            return None
+        if len(_experiments) >= _MOST_EXPERIMENTS:
+            _experiments.clear()
+        _experiments[run_id] = known
+    return known
+
+
+def _ask(tracking_client: Any, run_id: str) -> Any:
+    """MLflow's run, by one request."""
+    from mlflow.store.tracking.rest_store import RestStore
+
+    store = tracking_client.store
+    if type(store) is RestStore:
+        # MLflow's own would try for minutes where the server is down.
+        store = delivery_client(tracking_client.tracking_uri, _LOOK_TIMEOUT_S)
+    return store.get_run(run_id)
+
+
 def _look(tracking_client: Any, uri: str, run_id: str) -> tuple[Mapping[str, str], bool]:
     """The parameters that a run has, and whether models were logged to it.
 
@@ -247,14 +274,9 @@ def _look(tracking_client: Any, uri: str, run_id: str) -> tuple[Mapping[str, str
         NotBuffered: It takes no calls.
     """
     from mlflow.entities import Run
-    from mlflow.store.tracking.rest_store import RestStore
 
-    store = tracking_client.store
     try:
-        if type(store) is RestStore:
-            # MLflow's own would try for minutes where the server is down.
-            store = delivery_client(tracking_client.tracking_uri, _LOOK_TIMEOUT_S)
-        run = store.get_run(run_id)
+        run = _ask(tracking_client, run_id)
     except Exception as error:
         if may_pass(error) and not uri.startswith("file:"):
             return {}, False  # whoever delivers will find out
