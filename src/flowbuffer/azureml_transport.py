@@ -17,7 +17,7 @@ from typing import Any
 from flowbuffer.azureml_client import MAX_METRICS, AzureMLRequests, Ingestion
 from flowbuffer.clock import Clock
 from flowbuffer.errors import RetriableError, RunGoneError, TransportError
-from flowbuffer.report import warn_once
+from flowbuffer.notices import warn_once
 from flowbuffer.settings import Settings
 from flowbuffer.spool.layout import KEY_SEPARATOR
 from flowbuffer.transport import Accepted, Done, MlflowTransport, Request

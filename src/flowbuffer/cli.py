@@ -120,7 +120,7 @@ def _sync(
     from flowbuffer.clock import SYSTEM_CLOCK
     from flowbuffer.commands.places import settings_of, spool_of
     from flowbuffer.commands.sync import sync
-    from flowbuffer.report import Progress
+    from flowbuffer.progress import Progress
 
     settings = settings_of(spool_dir)
     spool = spool_of(settings)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from flowbuffer.collector_thread import CollectorThread
 from flowbuffer.handover import interpreter
-from flowbuffer.report import warn_once
+from flowbuffer.notices import warn_once
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.states import delivery_note, park, parked_reason

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.notices import tell
 from flowbuffer.settings import Settings
 
 
@@ -170,8 +171,3 @@ def _forget_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-def tell(text: str) -> None:
-    """One line for the person who started the job."""
-    print(f"flowbuffer: {text}", file=sys.stderr, flush=True)

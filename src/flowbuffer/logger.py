@@ -30,7 +30,9 @@ from flowbuffer.environment import environment_experiment, environment_place
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.ledger import Ledger, is_over
 from flowbuffer.logging_calls import LoggingCalls
-from flowbuffer.report import Progress, Report, Stats
+from flowbuffer.notices import tell
+from flowbuffer.progress import Progress
+from flowbuffer.report import Report, Stats
 from flowbuffer.settings import Settings, settings_with
 from flowbuffer.spool.places import sync
 from flowbuffer.spool.producer import Producer
@@ -119,6 +121,13 @@ class MetricLogger(LoggingCalls):
         return self.folder is not None and last_error(self.folder) != ""
 
     @property
+    def shows_progress(self) -> bool:
+        """Whether a person is told how it goes: by one process of each machine, and by none that
+        another one started as its worker."""
+        first_here = not self._place.local_rank
+        return self._settings.progress == "auto" and first_here and not job_end.is_child()
+
+    @property
     def settings(self) -> Settings:
         """The settings in use."""
         return self._settings
@@ -140,7 +149,7 @@ class MetricLogger(LoggingCalls):
         Returns:
             The counts of this logger; ``pending`` is 0 if everything was settled in time.
         """
-        return self._flush(checked_timeout(timeout), progress=False)
+        return self._flush(checked_timeout(timeout))
 
     def stats(self) -> Stats:
         """The counts of this logger, and how delivery is doing."""
@@ -183,24 +192,24 @@ class MetricLogger(LoggingCalls):
     def flush_at_end(self, timeout: float) -> None:
         """Flush when the job's main thread has ended."""
         if not self._left_to_others:
-            self._flush(timeout, progress=True)
+            self._flush(timeout)
 
     def end_of_run(self, timeout: float) -> None:
         """Flush before the run is marked ended; close, if ``closes_with_run``."""
         start_s = time.monotonic()
         if self.closes_with_run:
-            self._close(timeout, "FINISHED", progress=True)
+            self._close(timeout, "FINISHED")
         else:
-            self._flush(timeout, progress=True)
+            self._flush(timeout)
         if self._delivery is not None:
             left = self._delivery.left_by_dead(self._run_id)
-            self._wait(lambda: all(map(is_over, left)), start_s + timeout, progress=True)
+            self._wait(lambda: all(map(is_over, left)), start_s + timeout)
 
     def close_at_end(self, timeout: float) -> None:
         """Close at the end of the job."""
         failed = job_end.has_failed()
         wait = not self._left_to_others
-        self._close(timeout, "FAILED" if failed else "FINISHED", progress=True, wait=wait)
+        self._close(timeout, "FAILED" if failed else "FINISHED", wait=wait)
 
     @property
     def _left_to_others(self) -> bool:
@@ -265,7 +274,7 @@ class MetricLogger(LoggingCalls):
             append = then(append, lambda _: push())
         return append if self._settings.strict else self._lenience.around(append)
 
-    def _flush(self, timeout: float | None, *, progress: bool) -> Report:
+    def _flush(self, timeout: float | None) -> Report:
         start_s = time.monotonic()
         producer = self._producer
         if isinstance(producer, Producer):
@@ -274,7 +283,6 @@ class MetricLogger(LoggingCalls):
             self._wait(
                 lambda: waiting.is_over() or parked_reason(folder) is not None,
                 None if timeout is None else start_s + timeout,
-                progress=progress,
             )
         return Report(**self._counts(), seconds=time.monotonic() - start_s)
 
@@ -286,9 +294,7 @@ class MetricLogger(LoggingCalls):
         want(producer.directory.path / f"{number:08d}.slots", offset)
         return number, offset
 
-    def _close(
-        self, timeout: float | None, status: str, *, progress: bool = False, wait: bool = True
-    ) -> Report:
+    def _close(self, timeout: float | None, status: str, *, wait: bool = True) -> Report:
         with self._opening:
             again, self._ended = self._ended, True
         start_s = time.monotonic()
@@ -300,9 +306,9 @@ class MetricLogger(LoggingCalls):
             producer.close(failed=status != "FINISHED")
             self._hurry_to(producer)
             if wait:
-                self._wait(ledger.is_let_go, deadline_s, progress=progress)
+                self._wait(ledger.is_let_go, deadline_s)
                 # What dead producers left is worth waiting for while it gets somewhere.
-                self._wait(delivery.is_idle, deadline_s, progress=progress)
+                self._wait(delivery.is_idle, deadline_s)
             if not ledger.is_there():
                 producer.directory.lock.release()
             if not again:
@@ -313,20 +319,19 @@ class MetricLogger(LoggingCalls):
             job_end.unwatch(self)
             if ledger is not None:
                 for words in ledger.last_words(report, waited=wait):
-                    job_end.tell(words)
+                    tell(words)
             if self._owns_run:
                 end_run(self._run_id, self._uri, status)
         return report
 
-    def _wait(self, until: Callable[[], bool], deadline_s: float | None, *, progress: bool) -> None:
+    def _wait(self, until: Callable[[], bool], deadline_s: float | None) -> None:
         delivery = self._delivery
         assert delivery is not None
-        shown = Progress(self._counts)
+        shown = Progress(self._counts, deadline_s, off=not self.shows_progress)
 
         def meanwhile(waited_s: float) -> None:
             delivery.push()
-            if progress:
-                shown.show(waited_s)
+            shown.show(waited_s)
 
         try:
             SYSTEM_CLOCK.wait_until(until, deadline_s, meanwhile)

@@ -137,6 +137,13 @@ class Settings:
         "What the caller got wrong (a value that is no number, an invalid key): True raises at "
         "the call; False counts it, warns once per key, and goes on.",
     )
+    progress: Literal["auto", "off"] = choice(
+        "auto",
+        ("auto", "off"),
+        "How a wait goes: `auto`, a line that is drawn again on a terminal and in a notebook, a "
+        "line every 15 s elsewhere, and one at the start of a process whose MLflow calls are "
+        "buffered; `off`, nothing but what is left at the end.",
+    )
 
     def __post_init__(self) -> None:
         kinds = kinds_of_settings()

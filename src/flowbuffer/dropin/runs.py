@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flowbuffer.active_run import settled_uri
+from flowbuffer.credentials import without_credentials
 from flowbuffer.delivery_client import delivery_client
 from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolError
 from flowbuffer.handle import Handle
 from flowbuffer.logger import MetricLogger
+from flowbuffer.notices import tell
 from flowbuffer.run_loggers import logger_of
 from flowbuffer.spool.layout import PARAM, TAG
 from flowbuffer.spool.points import (
@@ -223,10 +225,24 @@ def buffered_run(tracking_client: Any, run_id: Any) -> BufferedRun:
             _told.add(str(error))
             _log.warning("MLflow's calls are not buffered: %s", error)
         raise NotBuffered from error
+    _say_start(logger, uri)
     with _lock:
         for key in [key for key, run in _runs.items() if run.logger.closed]:
             del _runs[key]
         return _runs.setdefault((uri, run_id), BufferedRun(logger, params, has_models))
+
+
+def _say_start(logger: MetricLogger, uri: str) -> None:
+    """Tell once in this process that something is buffered at all, and where."""
+    if _started or logger.folder is None or not logger.shows_progress:
+        return
+    _started.append(True)
+    spool = logger.folder.parent.parent
+    server = without_credentials(uri)
+    tell(f"MLflow's calls are buffered: run {logger.run_id} at {server}, spool {spool}")
+
+
+_started: list[bool] = []
 
 
 def forget_run(run_id: str) -> None:

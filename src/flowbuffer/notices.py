@@ -1,0 +1,43 @@
+"""What a person is told. Telling goes wrong in silence: nothing that logs or waits ends by it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+_warned: set[str] = set()
+
+
+def tell(text: str) -> None:
+    """One line for the person who started the job, on standard error."""
+    write(f"flowbuffer: {text}\n")
+
+
+def write(text: str) -> bool:
+    """Write to standard error; whether that went well."""
+    stream = sys.stderr
+    try:
+        stream.write(text)
+        stream.flush()
+    except RuntimeError:
+        # A signal handler tells this, and what it interrupted is writing to the same buffer.
+        return _write_past_the_buffer(text)
+    except Exception:  # there is none (None), it is closed, a pipe that nobody reads, ...
+        return False
+    return True
+
+
+def _write_past_the_buffer(text: str) -> bool:
+    try:
+        os.write(sys.stderr.fileno(), text.encode(errors="backslashreplace"))
+    except Exception:
+        return False
+    return True
+
+
+def warn_once(text: str) -> None:
+    """Warn of something that is not wrong yet; once in this process, whoever finds it."""
+    if text not in _warned:
+        _warned.add(text)
+        logging.getLogger("flowbuffer").warning("%s", text)
