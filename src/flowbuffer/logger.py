@@ -49,6 +49,7 @@ _log = logging.getLogger("flowbuffer")
 _INTERNAL = {"close_at_end", "closes_with_run", "end_of_run", "flush_at_end"} | {
     "folder",
     "is_held_up",
+    "shows_progress",
 }
 
 
