@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flowbuffer.errors import SpoolError
-from flowbuffer.report import warn_once
+from flowbuffer.notices import warn_once
 from flowbuffer.spool import removed
 from flowbuffer.spool.files import MOVE_IT, FileLock, check_private, file_system_of, write_file
 from flowbuffer.spool.info import ProducerInfo, read_info
