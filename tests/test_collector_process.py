@@ -147,7 +147,7 @@ def test_refused_credentials_make_room(rig: Rig) -> None:
     shift = Shift(rig.collector, rig.clock, 100.0, rig.now_ms())  # started by this producer
     rig.work()
     assert not shift.over
-    rig.producer()
+    _new = rig.producer()
     rig.work()
     assert shift.over
 

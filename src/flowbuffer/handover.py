@@ -82,7 +82,7 @@ def handed_on_ms() -> int:
 
 #: How interpreters are called. What is called otherwise is a program that has Python in it, and
 #: would do its own work a second time if it were started.
-_INTERPRETER = re.compile(r"(python|pypy|graalpy)[\d.]*(-?[a-z]{1,8})?(\.exe)?", re.IGNORECASE)
+_INTERPRETER = re.compile(r"(python|pypy|graalpy)[\d.]*(t|d|td|-dbg|w)?(\.exe)?", re.IGNORECASE)
 
 
 def collector_lock(root: Path) -> Path:

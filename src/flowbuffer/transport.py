@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
+from flowbuffer import idle_clients
 from flowbuffer.clock import Clock
 from flowbuffer.delivery_client import delivery_client
 from flowbuffer.errors import (
@@ -134,9 +135,13 @@ class MlflowTransport:
         return []
 
     def close(self) -> None:
-        """Let the threads go once their requests are over; does not wait for them."""
+        """Let the threads go once their requests are over; does not wait for them. Connections
+        that are not in use are closed."""
         for _ in self._threads:
             self._requests.put(None)
+        client, self._client = self._client, None
+        if client is not None:
+            idle_clients.keep(self._which(), client)
 
     def _work(self) -> None:
         while (work := self._requests.get()) is not None:
@@ -198,13 +203,18 @@ class MlflowTransport:
     def _delivery_client(self) -> Any:
         with self._client_lock:
             file = self._database_file()
-            if self._client is None:
-                self._client = delivery_client(self._uri, self._settings.request_timeout_s)
-            elif file != self._file:
+            if self._client is not None and file != self._file:
                 # Another file is there now; the connections are to the one that was deleted.
                 self._client._tracking_client.store.engine.dispose()
             self._file = file
+            if self._client is None:
+                self._client = idle_clients.take(self._which()) or delivery_client(
+                    self._uri, self._settings.request_timeout_s
+                )
             return self._client
+
+    def _which(self) -> idle_clients.Which:
+        return self._uri, self._settings.request_timeout_s, self._file
 
     def _database_file(self) -> tuple[int, int] | None:
         """Which file a SQLite database is in; None for everything else.

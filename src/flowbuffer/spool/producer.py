@@ -283,6 +283,7 @@ class Producer:
             fields = layout.closed_fields(slots, outcome)
             buffer[layout.CLOSED_OFFSET : layout.CLOSED_OFFSET + len(fields)] = fields
         self._current = (reserve, bytearray(), segment)  # unmapped; closed before, if it is that
+        self._stores = dict.fromkeys(self._stores)
 
     def abandon(self) -> None:
         """In a forked child: the parent goes on writing, and nothing is stored here any more, not
