@@ -202,6 +202,7 @@ def test_the_sample_is_what_it_should_be(sample: Sample) -> None:
     others = {"carry", "keys", "producer.json", "rejected.jsonl", "delivery.json"} | {
         "producer.lock",
         "reader.lock",
+        "00000000.states",
     }
     assert sample.files.keys() == segments | others
     outcome = sample.deliver(sample.files)

@@ -51,7 +51,10 @@ class Delivery(RuleBasedStateMachine):
 
     def note(self, key: str, value: float, step: int | None, time: int | None = None) -> None:
         now_ms = self.spool.clock.now_ns() // 1_000_000
-        self.logged.setdefault(key, []).append((now_ms if time is None else time, step or 0, value))
+        logged = self.logged.setdefault(key, [])
+        point = (now_ms if time is None else time, step or 0, value)
+        if time is None or [repr(point)] != list(map(repr, logged[-1:])):
+            logged.append(point)  # else the same given point again, which is one point
 
     # What the training loop does.
 

@@ -272,6 +272,7 @@ def test_delivered_segments_are_deleted(tmp_path: Path) -> None:
 def test_the_window_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P6: with the server down, the sender holds a window of the spool and no more."""
     monkeypatch.setattr("flowbuffer.sender.WINDOW_POINTS", 20)
+    monkeypatch.setattr("flowbuffer.intake.WINDOW_POINTS", 20)
     spool = SmallSpool(tmp_path / "spool", FakeTransport(at_once=False), segment_slots=8)
     for value in range(200):
         spool.producer.append("k", float(value))

@@ -7,10 +7,12 @@ points of one key that one producer logged are made strictly rising in (timestam
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,25 +20,39 @@ from numpy.typing import NDArray
 from flowbuffer.spool.columns import Block
 
 _NEVER: Final = -(1 << 62)
+#: The largest timestamp that MLflow's stores take, in ms.
+_LATEST: Final = (1 << 63) - 1
+_LARGEST: Final = sys.float_info.max
 
+#: Of each key: of its last point the time that was given or is its own, the time it was sent with,
+#: step and value. Of each name, at the first of its keys: the highest point that was sent.
 _KEY_STATE: Final = np.dtype(
     [
         *[("given", "<i8"), ("time", "<i8"), ("step", "<i8"), ("value", "<f8")],
         *[("top_time", "<i8"), ("top_step", "<i8"), ("top_value", "<f8")],
     ]
 )
+_LAST: Final = ("given", "time", "step", "value")
+_TOP: Final = ("top_time", "top_step", "top_value")
 
 
 class TieRule:
     """Moves the points of one producer forward in time where they would collapse or reorder.
 
     A point whose time its caller did not give is never earlier than one before it (the wall clock
-    may be set back). A point that does not rise above the one before it in (time, step, value) gets
-    that one's time, and one ms more if it still does not. A time that the caller gave and that is
-    before the last one given for that key is left alone.
+    may be set back). If it does not rise above all before it in (time, step, value), it gets the
+    time of the highest, and one ms more if it still does not.
 
-    The rule depends on the sequence of points and on ``state`` only, so that it does the same
-    after a restart.
+    A point with a given time is compared only with the one before it of its own key, which is of
+    one name about one model or dataset: MLflow's ``log_model`` reads a history back and logs it
+    again about the new model, and these rows have to stay the ones that are there. If its time is
+    earlier than the last one given, it is left alone. If it is the last one again (time, step and
+    value) it is the same point, as it is for MLflow, and goes with the same time. Else it rises
+    above the last one in the same way. So given points of one time that are not equal, like
+    1, 2, 1, all come back, in their order.
+
+    No point is moved beyond the largest timestamp. The rule depends on the sequence of points and
+    on ``state`` only, so that it does the same after a restart. What raises changes nothing.
 
     Args:
         state: What :meth:`state` returned; empty for a new producer.
@@ -55,99 +71,136 @@ class TieRule:
         """All that the next points depend on, as bytes."""
         return np.array([self._clock], "<i8").tobytes() + self._keys.tobytes()
 
-    def apply(self, block: Block, keys: NDArray[np.uint32] | None = None) -> NDArray[np.int64]:
+    def copy(self) -> TieRule:
+        """Another one that goes on from here."""
+        other = TieRule(self.state())
+        other.moved, other.moved_most_ms = self.moved, self.moved_most_ms
+        return other
+
+    def apply(self, block: Block, names: NDArray[np.uint32] | None = None) -> NDArray[np.int64]:
         """The times in ms with which the points of a block are to be sent.
 
         Args:
             block: Points; parameters and tags keep their times.
-            keys: For each point a number of its key's history; by default the block's key ids.
+            names: For each point the id of the first key with its name, so of its history; by
+                default each key is a name of its own.
         """
-        if keys is not None:
-            block = replace(block, key=keys)
+        names = block.key if names is None else names
         metrics = block.kind == 0
         if not metrics.all():
             time = block.time.copy()
-            time[metrics] = self.apply(block.only(metrics))
+            time[metrics] = self._apply(block.only(metrics), names[metrics])
             return time
+        return self._apply(block, names)
+
+    def _apply(self, block: Block, names: NDArray[np.uint32]) -> NDArray[np.int64]:
         if not len(block.time):
             return block.time
-        time = self._risen(block)
+        clock, time = self._risen(block)
         self._grow(int(block.key.max()) + 1)
-        by_key = np.argsort(block.key, kind="stable")
-        key, sorted_time, step = block.key[by_key], time[by_key], block.step[by_key]
-        value = _as_sorted(block.value[by_key])
-        starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
-        ends = np.r_[starts[1:], len(key)]
-        known = self._keys[key[starts]]
+        by_name = np.argsort(names, kind="stable")
+        name, key, step = names[by_name], block.key[by_name], block.step[by_name]
+        raw, sorted_time = block.value[by_name], time[by_name]
+        value = _as_sorted(raw)
+        starts = np.flatnonzero(np.r_[True, name[1:] != name[:-1]])
+        ends = np.r_[starts[1:], len(name)]
         points = (sorted_time, step, value)
         rises = np.r_[True, _above([c[1:] for c in points], [c[:-1] for c in points])]
-        tops = [known[name] for name in ("top_time", "top_step", "top_value")]
+        tops = [self._keys[name[starts]][field] for field in _TOP]
         rises[starts] = _above([c[starts] for c in points], tops)
         plain = np.logical_and.reduceat(rises, starts)
-        last = ends[plain] - 1
-        rows = np.zeros(len(last), _KEY_STATE)
-        rows["given"] = rows["time"] = rows["top_time"] = sorted_time[last]
-        rows["step"] = rows["top_step"] = step[last]
-        rows["value"] = rows["top_value"] = value[last]
-        self._keys[key[last]] = rows
+        # Where each point of a name rises above all before it, nothing moves. Else, one by one.
+        followed = []
         for start, end in zip(starts[~plain].tolist(), ends[~plain].tolist(), strict=True):
-            explicit = block.explicit[by_key[start:end]]
             part = slice(start, end)
-            sorted_time[start:end] = self._follow(
-                int(key[start]), sorted_time[part], step[part], value[part], explicit
-            )
-        time[by_key] = sorted_time
+            columns = (key[part], sorted_time[part], step[part], raw[part])
+            found = self._follow(int(name[start]), columns, block.explicit[by_name[part]])
+            sorted_time[part] = found.times
+            followed.append(found)
+        time[by_name] = sorted_time
         moved = time - block.time
+        # From here on nothing raises.
+        self._clock = clock
+        by_key = np.argsort(key, kind="stable")
+        last = by_key[np.r_[key[by_key][1:] != key[by_key][:-1], True]]
+        last = last[np.repeat(plain, ends - starts)[last]]
+        for field, column in zip(_LAST, (sorted_time, sorted_time, step, raw), strict=True):
+            self._keys[field][key[last]] = column[last]
+        last = ends[plain] - 1
+        for field, column in zip(_TOP, points, strict=True):
+            self._keys[field][name[last]] = column[last]
+        for found in followed:
+            for identity, of_key in found.last.items():
+                for field, number in zip(_LAST, of_key, strict=True):
+                    self._keys[field][identity] = number
+            for field, number in zip(_TOP, found.top, strict=True):
+                self._keys[field][found.name] = number
         self.moved += int(np.count_nonzero(moved))
         self.moved_most_ms = max(self.moved_most_ms, int(moved.max()))
         return time
 
-    def _risen(self, block: Block) -> NDArray[np.int64]:
-        """The times of the block; those that the caller did not give never run backwards."""
+    def _risen(self, block: Block) -> tuple[int, NDArray[np.int64]]:
+        """The times of the block; those that the caller did not give never run backwards. And the
+        last of these."""
         own = np.where(block.explicit, self._clock, block.time)
         clock = np.maximum.accumulate(np.maximum(own, self._clock))
-        self._clock = int(clock[-1])
-        return np.where(block.explicit, block.time, clock)
+        return int(clock[-1]), np.where(block.explicit, block.time, clock)
 
     def _follow(
-        self,
-        key: int,
-        times: NDArray[np.int64],
-        steps: NDArray[np.int64],
-        values: NDArray[np.float64],
-        explicit: NDArray[np.bool_],
-    ) -> list[int]:
-        """The rule itself, point by point."""
-        given, *rest = self._keys[key].tolist()
-        last, top = tuple(rest[:3]), tuple(rest[3:])  # (time, step, value)
-        result = []
-        columns = (column.tolist() for column in (times, steps, values, explicit))
-        for time, step, value, is_explicit in zip(*columns, strict=True):
-            if is_explicit and time < given:
-                moved = time
-            else:
-                before = last if is_explicit else top
-                moved = max(time, before[0])
-                if (moved, step, value) <= before:
-                    moved += 1
-            result.append(moved)
-            given, last = time, (moved, step, value)
-            top = max(top, last)
-        self._keys[key] = (given, *last, *top)
-        return result
+        self, name: int, columns: Sequence[NDArray[Any]], explicit: NDArray[np.bool_]
+    ) -> _Followed:
+        """The rule itself, point by point, for the points of one name: columns (key, time, step,
+        value)."""
+        last: dict[int, tuple[int, int, int, float]] = {}
+        top = tuple(self._keys[field][name].item() for field in _TOP)
+        times = []
+        lists = (column.tolist() for column in (*columns, explicit))
+        for key, time, step, raw, is_given in zip(*lists, strict=True):
+            value = _sorted_as(raw)
+            before = top
+            is_alone = is_same = False
+            if is_given:
+                given, last_time, last_step, last_raw = last.get(key) or tuple(
+                    self._keys[field][key].item() for field in _LAST
+                )
+                before = (last_time, last_step, _sorted_as(last_raw))
+                is_alone = time < given
+                is_same = (time, step) == (given, last_step) and repr(raw) == repr(last_raw)
+            moved = time if is_alone else max(time, before[0])
+            if not (is_alone or is_same) and (moved, step, value) <= before:
+                moved = min(moved + 1, _LATEST)
+            times.append(moved)
+            last[key] = (time, moved, step, raw)
+            top = max(top, (moved, step, value))
+        return _Followed(name, times, last, top)
 
     def _grow(self, size: int) -> None:
         if size > len(self._keys):
             fresh = np.zeros(max(size, 2 * len(self._keys)), _KEY_STATE)
-            for name in ("given", "time", "top_time"):
-                fresh[name] = _NEVER
+            for field in ("given", "time", "top_time"):
+                fresh[field] = _NEVER
             fresh[: len(self._keys)] = self._keys
             self._keys = fresh
+
+
+class _Followed(NamedTuple):
+    """Points of one name: the times to send them with, and the state after them: of each key the
+    fields ``_LAST``, and of the name the fields ``_TOP``."""
+
+    name: int
+    times: list[int]
+    last: dict[int, tuple[int, int, int, float]]
+    top: tuple[Any, ...]
 
 
 def _as_sorted(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """What a store sorts by: it has 0 for NaN, and its largest numbers for infinities."""
     return np.nan_to_num(values)
+
+
+def _sorted_as(value: float) -> float:
+    """:func:`_as_sorted` of one value."""
+    return 0.0 if math.isnan(value) else min(max(value, -_LARGEST), _LARGEST)
 
 
 def _above(points: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
@@ -212,14 +265,15 @@ class Backlog:
         self._keys: OrderedDict[int, _Waiting] = OrderedDict()
 
     def add(self, rows: Rows, now_s: float) -> None:
-        """Add points; those of one key come after the ones that are there."""
+        """Add points; those of one key come after the ones that are there. Points that raise change
+        nothing."""
         if not len(rows):
             return
-        self.count += len(rows)
         rows = rows[np.argsort(rows["key"], kind="stable")]
         key = rows["key"]
         starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]).tolist()
         ends = [*starts[1:], len(rows)]
+        self.count += len(rows)
         for identity, start, end in zip(key[starts].tolist(), starts, ends, strict=True):
             waiting = self._keys.get(identity)
             if waiting is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import queue
+import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,28 +18,30 @@ import numpy as np
 
 from flowbuffer.batches import Batch, Part
 from flowbuffer.clock import Clock
+from flowbuffer.encoding import Encoder
 from flowbuffer.errors import (
     DoubtfulError,
     RejectedError,
+    RetriableError,
     RunGoneError,
+    SpoolError,
     TooLargeError,
     TransportError,
     UnauthorisedError,
+    is_passing,
 )
-from flowbuffer.ordering import Backlog, Rows, one_each
+from flowbuffer.intake import WINDOW_POINTS, Intake
+from flowbuffer.ordering import Rows
+from flowbuffer.rejections import Rejections
 from flowbuffer.retry import RetryPolicy
 from flowbuffer.run_keys import RunKeys
 from flowbuffer.settings import Settings
 from flowbuffer.source import Source
-from flowbuffer.spool.layout import PARAM, TAG
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import is_parked, park
-from flowbuffer.transport import Request, Transport
+from flowbuffer.transport import Transport
 
 _log = logging.getLogger("flowbuffer")
-
-#: The most points that are read ahead of their delivery; bounds the sender's memory (48 B each).
-WINDOW_POINTS = 131072
 
 #: The most parameters and tags in one request: MLflow takes 100 of each.
 MAX_TEXTS = 100
@@ -47,6 +50,12 @@ MAX_TEXTS = 100
 #: often one of its parts is then.
 DOUBTS = 8
 DOUBTS_OF_A_PART = 3
+
+#: What our own code raises for the content of a point.
+CONTENT_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error),
+    *(SpoolError, FileNotFoundError, RecursionError),
+)
 
 #: How soon after the last try a run that is gone is tried again when someone waits for it, in s.
 LOOK_AGAIN_S = 1.0
@@ -91,14 +100,14 @@ class Sender:
         self._clock = clock
         self._wake = wake
         self._policy = policy or RetryPolicy()
-        self._window_points = window_points or WINDOW_POINTS
         self._keys = RunKeys()
-        self._backlog = Backlog()
-        self._texts = Backlog()
         self._batches: list[Batch] = []
         self._busy: set[int] = set()
         self._outcomes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._accepted: list[Part] = []  # the service has them, and does not have them stored yet
+        self._encoder = Encoder(run_id, self._keys, self._source)
+        self._rejections = Rejections(run_id, clock)
+        self._intake = Intake(run_id, self._rejections, window_points or WINDOW_POINTS)
         self._held_up: type[TransportError] | None = None  # what was told last
         self._not_before_s = self._failed_at_s = -math.inf
 
@@ -115,7 +124,7 @@ class Sender:
     @property
     def idle(self) -> bool:
         """Nothing is on its way or waiting in memory."""
-        return not (self._batches or self._accepted or self._backlog.count or self._texts.count)
+        return not (self._intake or self._batches or self._accepted or self._rejections)
 
     @property
     def in_flight(self) -> bool:
@@ -134,9 +143,9 @@ class Sender:
         if self.gone:
             self._look_again()
         self._send(now_s, hurry)  # what is there already, so that no backend waits for the reading
-        read = self._read(now_s)
+        read = self._intake.read(self._live(), now_s, self._accepted)
         hurry = hurry or any(source.reader.hurried() for source in self._live())
-        next_s = self._send(now_s, hurry)
+        next_s = min(self._send(now_s, hurry), self._rejections.write())
         self._note()
         if read or not self._outcomes.empty():
             return 0.0
@@ -145,27 +154,8 @@ class Sender:
             return 0.001
         return next_s
 
-    # Reading.
-
     def _live(self) -> list[Source]:
         return [source for source in self.sources if source is not None]
-
-    def _read(self, now_s: float) -> bool:
-        """Read from each source while the window has room; True if anything came."""
-        any_read = False
-        # What is accepted holds up nothing; it only takes memory.
-        window = self._window_points + sum(len(part.rows) for part in self._accepted)
-        window = min(window, max(self._window_points, WINDOW_POINTS))
-        for source in self._live():
-            room = window - sum(other.reader.on_their_way for other in self._live())
-            found = source.read(room) if room > 0 else None
-            if found is not None:
-                any_read = True
-                rows, kinds = found
-                self._backlog.add(rows[kinds == 0], now_s)
-                self._texts.add(rows[kinds != 0], now_s)
-            source.reader.retire()
-        return any_read
 
     # Sending.
 
@@ -180,8 +170,8 @@ class Sender:
                 else:
                     next_s = min(next_s, batch.due_s - now_s)
         for backlog, size in (
-            (self._texts, MAX_TEXTS),
-            (self._backlog, min(self._settings.max_batch_size, self.transport.max_metrics)),
+            (self._intake.texts, MAX_TEXTS),
+            (self._intake.metrics, min(self._settings.max_batch_size, self.transport.max_metrics)),
         ):
             while len(self._batches) < self.transport.max_in_flight:
                 count, since_s = backlog.ready(self._busy)
@@ -196,26 +186,11 @@ class Sender:
 
     def _begin(self, rows: Rows) -> None:
         """Send these points, which are all metrics, or all parameters and tags."""
-        parts = [rows]
-        if self._keys.kind(rows["key"][0]) != 0:
-            # The first value of a parameter is the one that counts, and one request has it once.
-            params = np.array([self._keys.kind(n) == PARAM for n in rows["key"].tolist()])
-            parts = one_each(rows, params)
-        batch = Batch(deque(map(Part, parts)), set(np.unique(rows["key"]).tolist()))
+        parts = self._encoder.parts(rows)
+        batch = Batch(deque(parts), set(np.unique(rows["key"]).tolist()))
         self._batches.append(batch)
         self._busy |= batch.keys
         self._request(batch)
-
-    def _as_request(self, rows: Rows) -> Request:
-        numbers = rows["key"].tolist()
-        keys = [self._keys.key(number) for number in numbers]
-        if self._keys.kind(numbers[0]) == 0:
-            columns = (rows[name].tolist() for name in ("value", "time", "step"))
-            return Request(self.run_id, keys, *columns)
-        texts: dict[int, dict[str, str]] = {PARAM: {}, TAG: {}}  # of a tag's values the last one
-        for number, key, row in zip(numbers, keys, rows, strict=True):
-            texts[self._keys.kind(number)][key] = self._source(int(row["source"])).text(row)
-        return Request(self.run_id, params=[*texts[PARAM].items()], tags=[*texts[TAG].items()])
 
     def _source(self, number: int) -> Source:
         source = self.sources[number]
@@ -224,9 +199,6 @@ class Sender:
 
     def _request(self, batch: Batch) -> None:
         part = batch.parts[0]
-        request = self._as_request(part.rows)
-        batch.sending = True
-        self.retries += batch.attempt > 0
 
         def done(error: TransportError | None) -> None:
             self._outcomes.put(lambda: self._settle(batch, part, error))
@@ -236,7 +208,14 @@ class Sender:
             self._outcomes.put(lambda: self._accept(batch))
             self._wake()
 
-        self.transport.send(request, done, accepted)
+        batch.sending = True
+        self.retries += batch.attempt > 0
+        try:
+            self.transport.send(self._encoder.request(part.rows), done, accepted)
+        except Exception as error:
+            at_fault = isinstance(error, CONTENT_ERRORS) and not is_passing(error)
+            found = RejectedError if at_fault else RetriableError
+            done(found(f"it cannot be sent: {error!r}"))
 
     # What became of a request.
 
@@ -289,7 +268,10 @@ class Sender:
         """Split down to the point at fault; it alone is a dead letter."""
         at_fault = batch.take_apart(blame=not isinstance(error, TooLargeError))
         if at_fault is not None:
-            self._reject(at_fault, error)
+            self.failure = error
+            self._note()
+            row: Any = at_fault[0]
+            self._rejections.add_row(self._source(int(row["source"])), row, error.reason)
         self._next_part(batch)
 
     def _next_part(self, batch: Batch) -> None:
@@ -332,14 +314,17 @@ class Sender:
         """Tell whoever looks at the spool that the run takes no points, or does so again."""
         self.gone = reason is not None
         for source in self._live():
-            park(source.reader.folder, reason)
+            try:
+                park(source.reader.folder, reason)
+            except OSError as error:  # a full disk; no point depends on it
+                _log.warning("run %s: the note for who waits: %s", self.run_id, error)
 
     def _note(self) -> None:
         for source in self._live():
             source.reader.note(
                 {
                     "retries": self.retries,
-                    "last_error": "" if self.failure is None else self.failure.reason,
+                    "last_error": self.failure.reason if self.failure else self._intake.trouble,
                     "unauthorised": isinstance(self.failure, UnauthorisedError),
                     "ties_moved": source.ties.moved,
                     "ties_moved_most_ms": source.ties.moved_most_ms,
@@ -350,19 +335,3 @@ class Sender:
     def _mark(self, rows: Rows) -> None:
         for number in np.unique(rows["source"]).tolist():
             self._source(number).mark(rows)
-
-    def _reject(self, rows: Rows, error: TransportError) -> None:
-        row: Any = rows[0]
-        source = self._source(int(row["source"]))
-        letter = source.letter(row, error.reason, self.run_id)
-        self.failure = error
-        self._note()
-        try:
-            source.reader.bury(letter)
-        except OSError as problem:
-            # Not marked, so that it stays; whoever delivers the folder next tries it again.
-            _log.warning("run %s: a rejected point cannot be kept: %s", self.run_id, problem)
-            return
-        _log.warning(
-            "run %s: the %s %r was rejected: %s", self.run_id, letter.kind, letter.key, error.reason
-        )

@@ -189,8 +189,12 @@ class Reader:
         Raises:
             OSError: The letter cannot be written now; the point is as it was.
         """
-        assert letter.segment is not None
         dead_letters.append(self.folder, letter)
+        self.forget(letter)
+
+    def forget(self, letter: DeadLetter) -> None:
+        """As :meth:`bury`, where there is no folder any more to keep it in."""
+        assert letter.segment is not None
         self.mark(letter.segment, np.array([letter.slot], np.int32), rejected=True)
 
     def hurried(self) -> bool:
