@@ -66,6 +66,8 @@ class Intake:
             try:
                 any_read |= room > 0 and self._read(source, room)
                 self._file(sources, now_s)
+                # What was read may be at fault: of that, too, nothing is left to be settled then.
+                self._rejections.write()
                 source.reader.retire()
             except (OSError, MemoryError) as error:
                 trouble = f"{source.reader.folder} cannot be read now: {error}"

@@ -46,13 +46,14 @@ class Rejections:
         """A point of a source is refused, of which this is the letter."""
         self._letters.append((source, lambda: letter))
 
-    def write(self) -> float:
-        """Write what is to be written. Returns the seconds until it is to be tried again; infinity
-        if everything is written."""
+    def due_s(self) -> float:
+        """The seconds until something is to be written; infinity if nothing is."""
         left_s = self._not_before_s - self._clock.monotonic_s()
-        if self._letters and left_s > 0:
-            return left_s
-        while self._letters:
+        return max(left_s, 0.0) if self._letters else math.inf
+
+    def write(self) -> None:
+        """Write what is to be written now."""
+        while self.due_s() <= 0:
             source, letter = self._letters[0]
             try:
                 self._bury(source, letter())
@@ -64,10 +65,9 @@ class Rejections:
                         self._run_id, problem,
                     )  # fmt: skip
                 self._not_before_s = self._clock.monotonic_s() + AGAIN_S
-                return AGAIN_S
-            self._told = False
-            self._letters.popleft()
-        return math.inf
+            else:
+                self._told = False
+                self._letters.popleft()
 
     def _bury(self, source: Source, letter: DeadLetter) -> None:
         what = f"the {letter.kind} {letter.key!r}" if letter.key else "a point"

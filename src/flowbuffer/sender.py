@@ -145,7 +145,7 @@ class Sender:
         self._send(now_s, hurry)  # what is there already, so that no backend waits for the reading
         read = self._intake.read(self._live(), now_s, self._accepted)
         hurry = hurry or any(source.reader.hurried() for source in self._live())
-        next_s = min(self._send(now_s, hurry), self._rejections.write())
+        next_s = min(self._send(now_s, hurry), self._rejections.due_s())
         self._note()
         if read or not self._outcomes.empty():
             return 0.0
