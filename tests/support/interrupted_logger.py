@@ -16,6 +16,7 @@ from flowbuffer.spool.files import FileLock
 from flowbuffer.testing import FakeTransport
 from support.interrupted_producer import _raise
 from support.interruptions import Line, Log, Trap, in_another_thread, lines_of
+from support.waiting import wait_until
 
 RUN = "run"
 #: How long a wait may take: nothing here takes as long, unless it hangs.
@@ -87,11 +88,16 @@ class Site:
         found = self.log.faults(self._values, params, keys)
         if report.pending or report.rejected:
             found.append(f"after the end: {report}")
-        root = self.settings.resolved_spool_dir()
-        for lock in root.glob("**/*.lock"):
-            if FileLock.is_held(lock):
-                found.append(f"{lock.name} is held for ever")
+        try:
+            wait_until(lambda: not self._held())
+        except TimeoutError:
+            found.append(f"held for ever: {self._held()}")
         return found
+
+    def _held(self) -> list[str]:
+        """The locks that somebody holds."""
+        root = self.settings.resolved_spool_dir()
+        return [lock.name for lock in root.glob("**/*.lock") if FileLock.is_held(lock)]
 
     def _values(self, key: str) -> list[float]:
         return [value for _, _, value in self.transport.history(RUN, key)]
