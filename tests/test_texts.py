@@ -804,7 +804,7 @@ def test_what_a_key_can_be_about(tmp_path: Path, about: Sequence[str], valid: bo
     if valid:
         spool.producer.append(key, 1.0)
         spool.deliver()
-        assert spool.values("\0".join(key)) == [1.0]
+        assert spool.values("\0".join((key.key, *about))) == [1.0]
         assert not list(dead_letters.read(spool.directory.path))
     else:
         with pytest.raises(InvalidPoint):
