@@ -173,7 +173,7 @@ def test_status_finds_the_collector(spool: Path, ask: Ask) -> None:
 
 
 def test_status_is_watched_until_ctrl_c(spool: Path) -> None:
-    """--watch shows the table, and Ctrl-C ends it with 0; what jobs and servers said cannot play
+    """--watch shows the table, and Ctrl-C ends it with 130; what jobs and servers said cannot play
     tricks with the terminal."""
     leave(spool, "a[red]run\x1b[2J")
     command = [sys.executable, "-m", "flowbuffer", "status", "--watch"]
@@ -192,7 +192,7 @@ def test_status_is_watched_until_ctrl_c(spool: Path) -> None:
         rest, err = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
-    assert process.returncode == 0, err
+    assert process.returncode == 130, err
     assert "\x1b[2J" not in shown + rest
 
 
@@ -263,13 +263,13 @@ def test_clean_deletes_only_what_nobody_needs(spool: Path, ask: Ask) -> None:
     assert code == 0
     assert [one["run_id"] for one in answer if one["removed"]] == ["empty"]
     reasons = {one["run_id"]: one["reason"] for one in answer}
-    assert "1 points are pending" in reasons["pending"]
-    assert "1 points were rejected" in reasons["run"]
+    assert "1 point is pending" in reasons["pending"]
+    assert "1 point was rejected" in reasons["run"]
     assert reasons["alive"] == "its process still runs"
     kept = {row["run_id"] for row in ask("status")[1]["producers"]}
     assert kept == {"alive", "run", "pending", "unreadable", "header", "damaged"}
 
-    code, answer = ask("clean", "--rejected")
+    code, answer = ask("clean", "--rejected", "--yes")
     assert [one["run_id"] for one in answer if one["removed"]] == ["run"]
     assert tally(Path(next(o["folder"] for o in answer if o["run_id"] == "pending"))).pending == 1
     alive.lock.release()
@@ -344,6 +344,7 @@ def test_doctor_finds_faults_of_the_settings(ask: Ask, monkeypatch: pytest.Monke
     code, checks = ask("doctor")
     assert (code, results(checks)["settings"]) == (0, "warn")
     assert "FLOWBUFFER_LINGERS" in str(checks)
+    monkeypatch.delenv("FLOWBUFFER_LINGERS")
     monkeypatch.setenv("FLOWBUFFER_LINGER_S", "soon")
     code, checks = ask("doctor")
     assert (code, results(checks)["settings"]) == (1, "fail")

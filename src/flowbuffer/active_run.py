@@ -85,7 +85,7 @@ def run_id_of(run: object) -> str | None:
         InvalidArgument: It is none of these.
     """
     run_id = getattr(getattr(run, "info", None), "run_id", run)
-    if run_id is None or (isinstance(run_id, str) and run_id):
+    if run_id is None or isinstance(run_id, str):
         return run_id
     raise InvalidArgument(
         f"the run is {described(run)}; it must be a run's id (a str), or what mlflow.start_run() "

@@ -1,4 +1,4 @@
-"""The command ``flowbuffer``: what may be asked, and how the answers look.
+"""The command ``flowbuffer``: what may be asked, and with which words it is answered.
 
 What a command does is in ``flowbuffer.commands``, imported when it is called: NumPy and MLflow take
 a second, and ``--help`` needs neither.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flowbuffer.errors import FlowbufferError
+from flowbuffer.words import counted, printable, short_id
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from flowbuffer.commands.status import SpoolStatus
+    from flowbuffer.commands.sync import SyncReport
+    from flowbuffer.spool.directory import Spool
 
 #: How often ``status --watch`` looks, in s.
 _WATCH_EVERY_S = 2.0
-#: The width of a table that is not shown on a terminal, in characters: nothing is cut.
-_FILE_WIDTH = 400
 _INTERRUPTED = 130
 
 
@@ -37,44 +35,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("flowbuffer: interrupted", err=True)
+        _say("interrupted")
         return _INTERRUPTED
     except (FlowbufferError, OSError) as error:
-        click.echo(f"flowbuffer: {_line(error)}", err=True)
+        _say(str(error))
         return 2
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def _commands() -> None:
-    """Buffered metric logging for MLflow: look after what waits in a spool.
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""Every command ends with 0 when it did its work, with 1 as it says itself, with 2 on
+    misuse and where there is no usable spool, and with 130 on Ctrl-C.
 
-    Every command ends with 2 on misuse, and when there is no spool or it cannot be used.
-    """
+    \b
+    Completion in bash (zsh, fish: zsh_source, fish_source):
+      eval "$(_FLOWBUFFER_COMPLETE=bash_source flowbuffer)"
+    """,
+)
+@click.version_option(package_name="flowbuffer", message="flowbuffer %(version)s")
+def _commands() -> None:
+    """Buffered metric logging for MLflow: look after what waits in a spool."""
 
 
 def _command(function: Callable[..., int]) -> click.Command:
-    """A command of that name, with the options that all have."""
-    spool_dir = click.option(
-        "--spool",
-        "spool_dir",
-        type=click.Path(path_type=Path),
-        metavar="DIR",
-        help="The spool. Default: spool_dir of the settings.",
-    )
+    """A command of that name, with the option that all have."""
     as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-    name = function.__name__.strip("_")
-    return _commands.command(name)(spool_dir(as_json(function)))
+    return _commands.command(function.__name__.strip("_"))(as_json(function))
 
 
-_of_run = click.option("--run-id", metavar="ID", help="Only what was logged to this run.")
+_of_spool = click.option(
+    "--spool",
+    "spool_dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The spool. Default: spool_dir of the settings.",
+)
+_of_run = click.option(
+    "--run-id",
+    metavar="ID",
+    help="Only what was logged to this run. The beginning of its id is enough.",
+)
+_without_asking = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 @_command
+@_of_spool
+@_of_run
+@click.option("--wide", is_flag=True, help="Whole run ids, and all columns.")
 @click.option("--watch", is_flag=True, help="Look again every 2 s, until Ctrl-C.")
-def _status(spool_dir: Path | None, as_json: bool, watch: bool) -> int:
+@click.option("--exit-code", is_flag=True, help="End with 1 if something is pending.")
+def _status(
+    spool_dir: Path | None,
+    as_json: bool,
+    run_id: str | None,
+    wide: bool,
+    watch: bool,
+    exit_code: bool,
+) -> int:
     """Who logs to the spool, and what waits for delivery.
 
-    Ends with 0, also if the spool is empty; with 2 if there is none, or it cannot be read.
+    The run that was begun last comes first. Ends with 0, also if the spool is empty.
     """
     from flowbuffer.commands.places import settings_of, spool_of
     from flowbuffer.commands.status import status
@@ -82,16 +102,21 @@ def _status(spool_dir: Path | None, as_json: bool, watch: bool) -> int:
     if watch and as_json:
         raise click.UsageError("--watch is for people, --json is for programs; give one of them")
     spool = spool_of(settings_of(spool_dir))
+    found = status(spool, run_id)
     if as_json:
-        _print_json(asdict(status(spool)))
-    elif watch:
-        _watch(lambda: _status_table(status(spool)))
+        _print_json(asdict(found))
     else:
-        _print(_status_table(status(spool)))
-    return 0
+        from flowbuffer.commands.render import of_status, show
+
+        if watch:
+            _watch(lambda: of_status(status(spool, run_id), wide=wide))
+            return _INTERRUPTED
+        show(of_status(found, wide=wide))
+    return int(exit_code and any(row.pending for row in found.producers))
 
 
 @_command
+@_of_spool
 @_of_run
 @click.option("--tracking-uri", metavar="URI", help="Deliver everything there instead.")
 @click.option("--experiment", metavar="NAME", help="Where runs are created that are not there.")
@@ -102,6 +127,7 @@ def _status(spool_dir: Path | None, as_json: bool, watch: bool) -> int:
     show_default=True,
     help="The most seconds to try.",
 )
+@click.option("--dry-run", is_flag=True, help="Only say what would be delivered, and where.")
 def _sync(
     spool_dir: Path | None,
     as_json: bool,
@@ -109,21 +135,27 @@ def _sync(
     tracking_uri: str | None,
     experiment: str | None,
     timeout: float,
+    dry_run: bool,
 ) -> int:
     """Deliver everything that is in the spool now.
 
     Beside other processes that deliver it, too. What an offline job logged goes to a run that is
     created if need be, and found again by the next sync.
 
-    Ends with 0 if nothing is left, 1 if something is (stderr says why), 2 on misuse.
+    Ends with 0 if nothing is left, and with 1 if something is (stderr says why).
     """
     from flowbuffer.clock import SYSTEM_CLOCK
-    from flowbuffer.commands.places import settings_of, spool_of
-    from flowbuffer.commands.sync import sync
+    from flowbuffer.commands.places import run_id_in, settings_of, spool_of
     from flowbuffer.progress import Progress
 
     settings = settings_of(spool_dir)
     spool = spool_of(settings)
+    if run_id is not None:
+        run_id = run_id_in(spool, run_id)
+    if dry_run:
+        return _plan(spool, as_json, run_id, tracking_uri)
+    from flowbuffer.commands.sync import sync
+
     counts: dict[str, int] = {}
     start_s = SYSTEM_CLOCK.monotonic_s()
     progress = Progress(lambda: counts)
@@ -147,17 +179,45 @@ def _sync(
     if as_json:
         _print_json(asdict(report))
     else:
-        for run in report.created:
-            _print_line(f"run {run.run_id} is run {run.created_run_id} at {run.tracking_uri}")
-        _print_line(
-            f"delivered {report.delivered}, rejected {report.rejected}, pending {report.pending}"
-        )
-    for run_id, why in report.left.items():
-        click.echo(f"run {_line(run_id)}: {_line(why)}", err=True)
+        _tell_synced(report)
+    if report.interrupted:
+        return _INTERRUPTED
     return 1 if report.left else 0
 
 
+def _plan(spool: Spool, as_json: bool, run_id: str | None, tracking_uri: str | None) -> int:
+    from flowbuffer.commands.plan import plan
+
+    planned = plan(spool, run_id=run_id, tracking_uri=tracking_uri)
+    if as_json:
+        _print_json([asdict(one) for one in planned])
+    for one in [] if as_json else planned:
+        note = f" ({one.note})" if one.note else ""
+        _print_line(f"run {one.run_id}: {counted(one.points)} to {one.tracking_uri}{note}")
+    if not as_json:
+        _print_line(f"{counted(sum(one.points for one in planned))} would be delivered")
+    return 0
+
+
+def _tell_synced(report: SyncReport) -> None:
+    for run in report.created:
+        _print_line(f"run {run.run_id} is run {run.created_run_id} at {run.tracking_uri}")
+    _print_line(
+        f"{'interrupted: ' if report.interrupted else ''}{counted(report.delivered)} delivered, "
+        f"{report.rejected:,} rejected, {report.pending:,} pending"
+    )
+    if report.interrupted:
+        return
+    runs: dict[str, list[str]] = {}
+    for run_id, why in report.left.items():
+        runs.setdefault(why, []).append(run_id)
+    for why, run_ids in runs.items():
+        of = f"run {run_ids[0]}" if len(run_ids) == 1 else f"{len(run_ids)} runs"
+        _say(f"{of}: {why}")
+
+
 @_command
+@_of_spool
 @_of_run
 @click.option("--retry", is_flag=True, help="Put them into the spool again.")
 def _rejected(spool_dir: Path | None, as_json: bool, run_id: str | None, retry: bool) -> int:
@@ -166,29 +226,34 @@ def _rejected(spool_dir: Path | None, as_json: bool, run_id: str | None, retry: 
     Ends with 0, whether there are any or not.
     """
     from flowbuffer.commands import rejected
-    from flowbuffer.commands.places import settings_of, spool_of
+    from flowbuffer.commands.places import run_id_in, settings_of, spool_of
 
     settings = settings_of(spool_dir)
     spool = spool_of(settings)
+    if run_id is not None:
+        try:
+            run_id = run_id_in(spool, run_id)
+        except FlowbufferError as error:  # once all is delivered there is nothing of a run
+            _say(str(error))
     if not retry:
         letters = rejected.rejected(spool, run_id)
         if as_json:
             _print_json([asdict(letter) for letter in letters])
-            return 0
-        rows = [
-            (x.run_id, Path(x.producer).name, x.kind, x.key, x.value, x.step, x.timestamp, x.reason)
-            for x in letters
-        ]
-        columns = ("run", "producer", "kind", "key", "value", "step", "timestamp", "reason")
-        _print(_table(columns, rows) if rows else "nothing was rejected")
+        elif letters:
+            from flowbuffer.commands.render import of_rejected, show
+
+            show(of_rejected(letters))
+        else:
+            _print_line("nothing was rejected")
         return 0
     retried = rejected.retry(spool, settings, run_id)
     if as_json:
         _print_json([asdict(one) for one in retried])
         return 0
     for one in retried:
-        kept = f", {one.kept} stay: {one.reason}" if one.kept else ""
-        _print_line(f"run {one.run_id}: {one.points} points wait for delivery again{kept}")
+        kept = f", {one.kept:,} stay: {one.reason}" if one.kept else ""
+        wait = "waits" if one.points == 1 else "wait"
+        _print_line(f"run {one.run_id}: {counted(one.points)} {wait} for delivery again{kept}")
     if any(one.points for one in retried):
         _print_line("a collector process delivers them if one runs, else: flowbuffer sync")
     elif not retried:
@@ -197,38 +262,65 @@ def _rejected(spool_dir: Path | None, as_json: bool, run_id: str | None, retry: 
 
 
 @_command
+@_of_spool
 @click.option("--rejected", is_flag=True, help="Delete also where there are rejected points.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def _clean(spool_dir: Path | None, as_json: bool, rejected: bool, yes: bool) -> int:
-    """Delete what dead producers left and nobody needs; never a point that is pending.
+@click.option(
+    "--pending",
+    metavar="RUN",
+    help="Discard what of this run is not delivered. The beginning of its id is enough.",
+)
+@_without_asking
+def _clean(
+    spool_dir: Path | None, as_json: bool, rejected: bool, pending: str | None, yes: bool
+) -> int:
+    """Delete what dead producers left and nobody needs.
+
+    Without --pending never a point that is pending. What --rejected and --pending delete is asked
+    for first; without a terminal they need --yes.
 
     Ends with 0, whatever was kept.
     """
-    from flowbuffer.commands.clean import clean, folders_with_letters
-    from flowbuffer.commands.places import settings_of, spool_of
+    from flowbuffer.commands.clean import clean, discard, folders_with_letters
+    from flowbuffer.commands.places import run_id_in, settings_of, spool_of
+    from flowbuffer.commands.status import status
 
     spool = spool_of(settings_of(spool_dir))
-    if rejected and not yes and sys.stdin.isatty():
-        doomed = folders_with_letters(spool)
+    if pending is not None:
+        run_id = run_id_in(spool, pending)
+        points = sum(row.pending for row in status(spool, run_id).producers)
+        what = f"{counted(points)} of run {run_id} that {'is' if points == 1 else 'are'} pending"
+        if not (yes or _confirmed(f"Discard {what}? Nothing can bring them back.")):
+            return 0
+        cleaned = discard(spool, run_id)
+    else:
+        doomed = folders_with_letters(spool) if rejected and not yes else []
         if doomed:
-            question = f"Delete the rejected points of {len(doomed)} producers for good?"
-            rejected = click.confirm(question, err=True)
-    cleaned = clean(spool, with_rejected=rejected)
+            what = f"the rejected points of {counted(len(doomed), 'producer')}"
+            rejected = _confirmed(f"Delete {what} for good?")
+        cleaned = clean(spool, with_rejected=rejected)
     if as_json:
         _print_json([asdict(one) for one in cleaned])
         return 0
     for one in cleaned:
-        _print_line(f"{'removed' if one.removed else 'kept'} {one.folder}{_because(one.reason)}")
-    _print_line(f"removed {sum(one.removed for one in cleaned)} of {len(cleaned)} folders")
+        because = f": {one.reason}" if one.reason else ""
+        where = f"run {short_id(one.run_id)}, {Path(one.folder).name}"
+        _print_line(f"{'removed' if one.removed else 'kept'} {where}{because}")
+    for advice in dict.fromkeys(one.advice for one in cleaned if one.advice):
+        _print_line(f"→ {advice}")
+    removed = sum(one.removed for one in cleaned)
+    _print_line(f"removed {removed} of {counted(len(cleaned), 'folder')}")
     return 0
 
 
 @_command
+@_of_spool
 @click.option("--tracking-uri", metavar="URI", help="The server. Default: MLflow's current one.")
 def _doctor(spool_dir: Path | None, as_json: bool, tracking_uri: str | None) -> int:
-    """What is wrong with settings, spool, server, clock and versions, and what to do.
+    """What is wrong here, and what to do about it.
 
-    Ends with 0 if nothing failed (warnings do not count), 1 if something did.
+    Looks at settings, spool, disk, server, clock and versions, and changes nothing.
+
+    Ends with 0 if nothing failed (warnings do not count), and with 1 if something did.
     """
     from flowbuffer.commands.doctor import doctor
 
@@ -236,56 +328,40 @@ def _doctor(spool_dir: Path | None, as_json: bool, tracking_uri: str | None) -> 
     if as_json:
         _print_json([asdict(check) for check in checks])
     else:
-        rows = [(check.result, check.name, check.detail, check.advice) for check in checks]
-        _print(_table(("", "check", "found", "what to do"), rows))
+        from flowbuffer.commands.render import of_doctor, show
+
+        show(of_doctor(checks))
     return int(any(check.result == "fail" for check in checks))
 
 
-# How it looks.
+@_command
+def _settings(as_json: bool) -> int:
+    """Every setting: its value here, and where that comes from.
+
+    Ends with 0, and with 1 if one is not valid.
+    """
+    from flowbuffer.commands.settings import settings_said, unknown_variables
+
+    said = settings_said()
+    if as_json:
+        _print_json([asdict(one) for one in said])
+    else:
+        from flowbuffer.commands.render import of_settings, show
+
+        show(of_settings(said))
+    for words in unknown_variables():
+        _say(words)
+    return int(any(one.error for one in said))
 
 
-def _status_table(found: SpoolStatus) -> Table:
-    rows = [
-        (
-            row.run_id, row.host, row.pid, row.rank, row.state, row.delivery, row.pending,
-            row.delivered, row.rejected,
-            "" if row.oldest_s is None else f"{row.oldest_s:.0f} s", row.tracking_uri,
-            row.last_error,
-        )
-        for row in found.producers
-    ]  # fmt: skip
-    columns = (
-        "run", "host", "pid", "rank", "state", "delivery", "pending", "delivered", "rejected",
-        "oldest", "tracking URI", "last error",
-    )  # fmt: skip
-    table = _table(columns, rows)
-    pid = f" ({found.collector_pid})" if found.collector_pid is not None else ""
-    runs = f"a collector process runs{pid}" if found.collector_runs else "no collector process runs"
-    table.title = f"{_line(found.spool)}: {found.used_bytes / 2**20:.1f} MiB; {runs}"
-    return table
+# Asking and telling.
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        # As Text, because brackets in plain text would be read as markup.
-        table.add_row(*(Text("" if cell is None else _line(cell)) for cell in row))
-    return table
-
-
-def _print(content: Any) -> None:
-    from rich.console import Console
-
-    console = Console(soft_wrap=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    console.print(content)
+def _confirmed(question: str) -> bool:
+    """What a person says; without one it is an error."""
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{question} There is no terminal to ask; give --yes.")
+    return click.confirm(question, err=True)
 
 
 def _watch(draw: Callable[[], Any]) -> None:
@@ -316,13 +392,8 @@ def _print_json(document: Any) -> None:
 
 
 def _print_line(text: str) -> None:
-    click.echo(_line(text))
+    click.echo(printable(text))
 
 
-def _because(reason: str) -> str:
-    return f": {reason}" if reason else ""
-
-
-def _line(text: object) -> str:
-    """As one line without control characters: it may be what a server, or a job, said."""
-    return "".join(c if c.isprintable() else " " for c in str(text))
+def _say(text: str) -> None:
+    click.echo(f"flowbuffer: {printable(text)}", err=True)

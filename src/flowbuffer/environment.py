@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flowbuffer.setting_values import ENVIRONMENT_PREFIX, nearest
+from flowbuffer.setting_values import ENVIRONMENT_PREFIX, nearest, variable_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +51,33 @@ def said_of_settings(
         settings: The names of all settings.
         environ: The variables; the process's own by default.
     """
-    said = {}
-    for full_name, text in (os.environ if environ is None else environ).items():
-        if full_name.startswith(ENVIRONMENT_PREFIX) and text:
-            name = full_name.removeprefix(ENVIRONMENT_PREFIX).lower()
-            if name in settings:
-                said[name] = text
-            elif full_name not in _told:
-                _told.add(full_name)
-                warnings.warn(unknown(full_name, settings), stacklevel=4)
-    return said
+    said = _said(environ)
+    for name in said.keys() - set(settings):
+        if name not in _told:
+            _told.add(name)
+            warnings.warn(_unknown(name, settings), stacklevel=4)
+    return {name: text for name, text in said.items() if name in settings}
 
 
 _told: set[str] = set()
 
 
-def unknown(name: str, settings: Collection[str]) -> str:
-    """Words for a variable of flowbuffer's that is no setting."""
-    return f"{name} is ignored: {nearest(name, settings)}"
+def misspelt(settings: Collection[str]) -> list[str]:
+    """Words for each variable of flowbuffer's that is none of these settings."""
+    return [_unknown(name, settings) for name in _said(None) if name not in settings]
+
+
+def _said(environ: Mapping[str, str] | None) -> dict[str, str]:
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): text
+        for name, text in (os.environ if environ is None else environ).items()
+        if name.startswith(ENVIRONMENT_PREFIX) and text
+    }
+
+
+def _unknown(name: str, settings: Collection[str]) -> str:
+    variable = variable_of(name)
+    return f"{variable} is ignored: {nearest(variable, settings)}"
 
 
 def environment_run_id() -> str | None:

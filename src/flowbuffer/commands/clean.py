@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from flowbuffer.commands.places import unread_segments
+from flowbuffer.commands.places import folders_of_run, unread_segments
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.spool import dead_letters
 from flowbuffer.spool.directory import Claim, Spool, has_producer
 from flowbuffer.spool.states import tally
+from flowbuffer.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +24,14 @@ class Cleaned:
         run_id: Its run.
         removed: Whether it was deleted.
         reason: Why it was kept; empty if it was not.
+        advice: What could be done about it; empty if nothing.
     """
 
     folder: str
     run_id: str
     removed: bool
     reason: str = ""
+    advice: str = ""
 
 
 def clean(spool: Spool, *, with_rejected: bool = False) -> list[Cleaned]:
@@ -40,7 +44,24 @@ def clean(spool: Spool, *, with_rejected: bool = False) -> list[Cleaned]:
         with_rejected: Delete those with dead letters, too.
     """
     spool.sweep()
-    return [_clean(spool, folder, with_rejected) for folder in list(spool.folders())]
+
+    def needed(claim: Claim) -> tuple[str, str]:
+        return _needed(claim, with_rejected)
+
+    return [_clean(spool, folder, needed) for folder in list(spool.folders())]
+
+
+def discard(spool: Spool, run_id: str) -> list[Cleaned]:
+    """Delete the folders of a run's dead producers, with what is pending in them.
+
+    Args:
+        spool: The spool.
+        run_id: The run, or the beginning of its id.
+
+    Raises:
+        FlowbufferError: There is no such run.
+    """
+    return [_clean(spool, folder, lambda _: ("", "")) for folder in folders_of_run(spool, run_id)]
 
 
 def folders_with_letters(spool: Spool) -> list[Path]:
@@ -52,8 +73,8 @@ def folders_with_letters(spool: Spool) -> list[Path]:
     ]
 
 
-def _clean(spool: Spool, folder: Path, with_rejected: bool) -> Cleaned:
-    run_id = unquote(folder.parent.name)
+def _clean(spool: Spool, folder: Path, needed: Callable[[Claim], tuple[str, str]]) -> Cleaned:
+    run_id, advice = unquote(folder.parent.name), ""
     try:
         claim = spool.claim(folder)
         if claim is None:
@@ -62,27 +83,38 @@ def _clean(spool: Spool, folder: Path, with_rejected: bool) -> Cleaned:
         else:
             run_id = claim.info.run_id
             try:
-                why = _needed(claim, with_rejected)
+                why, advice = needed(claim)
                 if not why:
                     claim.remove(delivered=_delivered_segments(claim.path))
             finally:
                 claim.release()
     except (FlowbufferError, OSError) as error:
         why = str(error)
-    return Cleaned(folder=str(folder), run_id=run_id, removed=not why, reason=why)
+    return Cleaned(folder=str(folder), run_id=run_id, removed=not why, reason=why, advice=advice)
 
 
-def _needed(claim: Claim, with_rejected: bool) -> str:
-    """Why a folder has to stay; empty if it need not."""
+_PENDING = (
+    "deliver what is pending with: flowbuffer sync; what never can be, discard with: flowbuffer "
+    "clean --pending RUN"
+)
+_REJECTED = (
+    "see why points were rejected with: flowbuffer rejected; delete them with: flowbuffer clean "
+    "--rejected"
+)
+
+
+def _needed(claim: Claim, with_rejected: bool) -> tuple[str, str]:
+    """Why a folder has to stay, and what could be done; empty if it need not."""
     found = tally(claim.path)
     if found is not None and found.pending:
-        return f"{found.pending} points are pending; deliver them with: flowbuffer sync"
+        return f"{counted(found.pending)} {'is' if found.pending == 1 else 'are'} pending", _PENDING
     unread = unread_segments(claim.path)
     if unread:
-        return f"{', '.join(unread)} cannot be read"
+        return f"{', '.join(unread)} cannot be read", ""
     if found is not None and dead_letters.are_in(claim.path) and not with_rejected:
-        return f"{found.rejected} points were rejected; delete them with: --rejected"
-    return ""
+        were = "was" if found.rejected == 1 else "were"
+        return f"{counted(found.rejected)} {were} rejected", _REJECTED
+    return "", ""
 
 
 def _delivered_segments(folder: Path) -> int | None:

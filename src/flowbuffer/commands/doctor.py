@@ -7,26 +7,27 @@ import platform
 import shutil
 import threading
 import urllib.request
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.error import HTTPError
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.commands.servers import Server
+from flowbuffer.commands.settings import settings_said, unknown_variables, valid_settings
 from flowbuffer.commands.status import status
 from flowbuffer.credentials import without_credentials
 from flowbuffer.delivery_client import warm_up
-from flowbuffer.errors import FlowbufferError, SettingError, TransportError, UnauthorisedError
+from flowbuffer.errors import FlowbufferError, TransportError, UnauthorisedError
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import REMOTE_FILE_SYSTEMS, Spool, folders
 from flowbuffer.spool.files import MOVE_IT, check_private, file_system_of
 from flowbuffer.spool.mark import check_spool
 from flowbuffer.transport import absolute_uri
+from flowbuffer.words import counted, gone, size
 
 #: How long a server may take to answer, in s.
 _ANSWER_S = 10.0
@@ -61,36 +62,31 @@ def doctor(spool_dir: Path | None = None, tracking_uri: str | None = None) -> li
         spool_dir: The spool; None means the settings'.
         tracking_uri: The server; None means MLflow's current one.
     """
-    settings, checks = _settings(spool_dir)
-    if settings is not None:
-        root = settings.resolved_spool_dir()
-        checks += [*_spool(root), *_room(root, settings), *_left_over(root)]
-    checks += [*_server(tracking_uri), *_versions()]
-    return checks
-
-
-def _settings(spool_dir: Path | None) -> tuple[Settings | None, list[Check]]:
-    named: dict[str, Any] = {} if spool_dir is None else {"spool_dir": spool_dir}
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            settings = Settings.from_env(**named)
-        except SettingError as error:
-            advice = "correct or unset the variable; nothing is logged with it as it is"
-            fault = Check(name="settings", result="fail", detail=str(error), advice=advice)
-            return (Settings(**named) if named else None), [fault]
-    checks = [
-        Check(
-            name="settings",
-            result="warn",
-            detail=str(warning.message),
-            advice="correct or unset the variable",
-        )
-        for warning in told
+    settings = valid_settings()
+    if spool_dir is not None:
+        settings = settings.with_changes(spool_dir=spool_dir)
+    root = settings.resolved_spool_dir()
+    return [
+        *_settings(),
+        *_spool(root),
+        *_room(root, settings),
+        *_left_over(root),
+        *_server(tracking_uri),
+        *_versions(),
     ]
-    if not checks:
-        checks = [Check(name="settings", result="ok", detail="every variable is a setting")]
-    return settings, checks
+
+
+def _settings() -> Iterator[Check]:
+    said = [one for one in settings_said() if one.error]
+    for one in said:
+        advice = f"correct or unset {one.origin}; nothing is logged with it as it is"
+        yield Check(name="settings", result="fail", detail=one.error, advice=advice)
+    unknown = unknown_variables()
+    for words in unknown:
+        advice = "correct or unset the variable"
+        yield Check(name="settings", result="warn", detail=words, advice=advice)
+    if not said and not unknown:
+        yield Check(name="settings", result="ok", detail="every variable is a setting")
 
 
 def _spool(root: Path) -> Iterator[Check]:
@@ -134,9 +130,7 @@ def _room(root: Path, settings: Settings) -> Iterator[Check]:
     free = shutil.disk_usage(_nearest(root)).free
     used = _used_bytes(root)
     most = settings.max_spool_bytes
-    detail = (
-        f"{free / 2**20:.0f} MiB free; the spool has {used / 2**20:.0f} of {most / 2**20:.0f} MiB"
-    )
+    detail = f"{size(free)} free; the spool has {size(used)} of {size(most)}"
     result: Literal["ok", "warn", "fail"] = "ok"
     advice = ""
     if free < _A_SEGMENT_BYTES or used >= most:
@@ -161,19 +155,26 @@ def _left_over(root: Path) -> Iterator[Check]:
         return  # told by another check
     rows = [] if found is None else found.producers
     runs = found is not None and found.collector_runs
-    left = sum(row.pending for row in rows if row.state != "alive")
+    parked = {row.run_id: row for row in rows if row.parked and row.pending}
+    left = sum(row.pending for row in rows if row.state != "alive" and row.run_id not in parked)
     refused = sum(row.rejected for row in rows)
     damaged = [row.last_error for row in rows if row.state == "damaged"]
-    detail = f"{left} points wait for a process that delivers them"
     if runs:
         yield Check(name="left over", result="ok", detail="a collector process is at work")
     elif left:
-        advice = "deliver them with: flowbuffer sync"
+        wait = "waits" if left == 1 else "wait"
+        detail = f"{counted(left)} {wait} for a process that delivers"
+        advice = "deliver with: flowbuffer sync"
         yield Check(name="left over", result="warn", detail=detail, advice=advice)
     else:
         yield Check(name="left over", result="ok", detail="nothing waits")
+    for run_id, row in parked.items():
+        detail = f"run {run_id} cannot be delivered: {row.last_error}"
+        advice = gone(run_id, str(row.tracking_uri))
+        yield Check(name="run", result="warn", detail=detail, advice=advice)
     if refused:
-        detail = f"{refused} points were refused by the server, or damaged"
+        were = "was" if refused == 1 else "were"
+        detail = f"{counted(refused)} {were} refused by the server, or damaged"
         advice = "see why with: flowbuffer rejected"
         yield Check(name="rejected", result="warn", detail=detail, advice=advice)
     for error in damaged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import unquote
 
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.settings import Settings
@@ -33,6 +34,37 @@ def spool_of(settings: Settings) -> Spool:
     if not root.exists():
         raise FlowbufferError(f"there is no spool at {root}; name another with --spool")
     return Spool(root, make=False)
+
+
+def folders_of_run(spool: Spool, given: str) -> list[Path]:
+    """The folders of the run with this id, or of the only one whose id begins so.
+
+    Raises:
+        FlowbufferError: There is none, or more than one.
+    """
+    exact = list(spool.folders(given))
+    if exact:
+        return exact
+    runs: dict[str, list[Path]] = {}
+    for folder in spool.folders():
+        runs.setdefault(unquote(folder.parent.name), []).append(folder)
+    found = [run_id for run_id in runs if given and run_id.startswith(given)]
+    if len(found) == 1:
+        return runs[found[0]]
+    if found:
+        several = ", ".join(found)
+        raise FlowbufferError(f"{given} is the beginning of several runs: {several}")
+    has = f"; it has {', '.join(sorted(runs)[:5])}{', ...' if len(runs) > 5 else ''}"
+    raise FlowbufferError(f"the spool {spool.root} has nothing of run {given}{has if runs else ''}")
+
+
+def run_id_in(spool: Spool, given: str) -> str:
+    """The whole id of such a run.
+
+    Raises:
+        FlowbufferError: There is none, or more than one.
+    """
+    return unquote(folders_of_run(spool, given)[0].parent.name)
 
 
 def unread_segments(folder: Path) -> list[str]:

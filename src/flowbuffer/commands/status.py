@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.commands.places import folders_of_run
 from flowbuffer.credentials import redacted
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.handover import collector_lock
 from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.files import FileLock, check_private, read_file
-from flowbuffer.spool.info import read_info
+from flowbuffer.spool.info import OFFLINE, read_info
 from flowbuffer.spool.states import closed_outcome, delivery_note, parked_reason, tally
 
 
@@ -25,11 +27,13 @@ class ProducerStatus:
         folder: Its folder.
         run_id, tracking_uri, host, pid, rank, local_rank, world_size, delivery: As in
             ``ProducerInfo``.
+        started_s: How long ago it began to log, in s.
         state: ``alive``; ``closed``, it takes no more points; ``dead``, its process ended without
             closing it, or all of it is settled; ``damaged``, see ``last_error``.
         pending, delivered, rejected, unknown: Points; unknown are those in damaged segments.
         oldest_s: The age of the oldest point that is pending, in s; None if none is.
         last_error: What holds delivery up; empty if nothing is known to.
+        parked: Whether that will hold it up until somebody does something.
     """
 
     folder: str
@@ -47,7 +51,9 @@ class ProducerStatus:
     rejected: int = 0
     unknown: int = 0
     oldest_s: float | None = None
+    started_s: float | None = None
     last_error: str = ""
+    parked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,7 @@ class SpoolStatus:
         used_bytes: What it takes on the disk.
         collector_runs: Whether a collector process is at work.
         collector_pid: Its process id; None if none runs, or it has only just started.
-        producers: Ordered by folder, so by run.
+        producers: By run, the run that was begun last first; those of a run by rank.
     """
 
     spool: str
@@ -69,17 +75,38 @@ class SpoolStatus:
     producers: tuple[ProducerStatus, ...]
 
 
-def status(spool: Spool) -> SpoolStatus:
-    """What is in a spool now. Nothing in it is changed, and no server is asked."""
+def status(spool: Spool, run_id: str | None = None) -> SpoolStatus:
+    """What is in a spool now. Nothing in it is changed, and no server is asked.
+
+    Args:
+        spool: The spool.
+        run_id: Only what was logged to this run; the beginning of its id is enough.
+
+    Raises:
+        FlowbufferError: There is no such run.
+    """
     runs, pid = collector(spool.root)
-    rows = (producer_status(folder) for folder in spool.folders())
+    folders = list(spool.folders()) if run_id is None else folders_of_run(spool, run_id)
+    rows = (producer_status(folder) for folder in folders)
     return SpoolStatus(
         spool=str(spool.root),
         used_bytes=spool.used_bytes(),
         collector_runs=runs,
         collector_pid=pid,
-        producers=tuple(row for row in rows if row is not None),
+        producers=_ordered([row for row in rows if row is not None]),
     )
+
+
+def _ordered(rows: list[ProducerStatus]) -> tuple[ProducerStatus, ...]:
+    ages: dict[str, float] = {}
+    for row in rows:
+        age_s = math.inf if row.started_s is None else row.started_s
+        ages[row.run_id] = min(age_s, ages.get(row.run_id, math.inf))
+
+    def place(row: ProducerStatus) -> tuple[float, str, int, int]:
+        return ages[row.run_id], row.run_id, row.rank or 0, row.pid or 0
+
+    return tuple(sorted(rows, key=place))
 
 
 def collector(root: Path) -> tuple[bool, int | None]:
@@ -116,7 +143,9 @@ def producer_status(folder: Path) -> ProducerStatus | None:
             world_size=info.world_size,
             delivery=info.delivery,
             tracking_uri=info.tracking_uri,
+            started_s=max(SYSTEM_CLOCK.now_ns() / 1e9 - info.start_ms / 1e3, 0.0),
             last_error=_last_error(folder),
+            parked=parked_reason(folder) is not None and info.delivery != OFFLINE,
             **counts,
         )
     except (FlowbufferError, OSError) as error:

@@ -6,7 +6,7 @@ A folder that somebody else delivers is waited for, and taken over if that someb
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK
@@ -54,6 +54,7 @@ class SyncReport:
         left: Why something is left, by run id; empty if nothing is.
         created: The runs that are others on their server, those of earlier syncs included.
         seconds: How long it took.
+        interrupted: Whether it was, by Ctrl-C.
     """
 
     delivered: int
@@ -63,6 +64,7 @@ class SyncReport:
     created: tuple[CreatedRun, ...]
     seconds: float
     unknown: int = 0
+    interrupted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +128,15 @@ def sync(
     work = _Sync(spool, settings.with_changes(delivery="thread"), tracking_uri, experiment)
     work.find(run_id)
     start_s = SYSTEM_CLOCK.monotonic_s()
+    interrupted = False
     try:
         work.work(start_s + timeout_s, watch)
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
         work.let_go()
-    return work.report(SYSTEM_CLOCK.monotonic_s() - start_s)
+    report = work.report(SYSTEM_CLOCK.monotonic_s() - start_s)
+    return replace(report, interrupted=interrupted)
 
 
 class _Sync:
@@ -279,7 +285,7 @@ class _Sync:
             if own is not None and own.done:
                 target.settled = True
             elif own is not None and own.sender.gone and own.sender.failure is not None:
-                target.given_up = own.sender.failure.reason
+                target.give_up_as_gone(own.sender.failure.reason)
             elif (stream is None or not stream.reader.finished) and now_s >= target.look_at_s:
                 self._check_from_outside(target, now_s, own=stream is not None)
 
@@ -300,7 +306,7 @@ class _Sync:
             parked = parked_reason(folder)
             known = target.info.delivery != OFFLINE and now_s - self._start_s > _OLD_NEWS_S
             if parked and (known or _is_newer(folder / "parked.json", self._start_ns)):
-                target.given_up = parked
+                target.give_up_as_gone(parked)
         elif target.untaken_since_s is None:
             target.untaken_since_s = now_s
         elif now_s - target.untaken_since_s > _UNTAKEN_S:

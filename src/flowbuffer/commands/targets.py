@@ -19,6 +19,7 @@ from flowbuffer.spool.states import (
     tally_since,
     want,
 )
+from flowbuffer.words import gone
 
 
 @dataclass(eq=False)
@@ -64,6 +65,10 @@ class Target:
     def over(self) -> bool:
         """Nothing more is to be done about it."""
         return self.settled or bool(self.given_up)
+
+    def give_up_as_gone(self, reason: str) -> None:
+        """Leave it: its run is not, or no more, on the server."""
+        self.given_up = f"{reason}; {gone(self.info.run_id, self.info.tracking_uri)}"
 
     def pending_now(self) -> int:
         """How many of its points are not settled; cheap, as nothing is read from the disk."""
