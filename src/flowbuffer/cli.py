@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from flowbuffer.commands.sync import SyncReport
     from flowbuffer.spool.directory import Spool
 
-#: How often ``status --watch`` looks, in s.
-_WATCH_EVERY_S = 2.0
 _INTERRUPTED = 130
 
 
@@ -106,10 +104,10 @@ def _status(
     if as_json:
         _print_json(asdict(found))
     else:
-        from flowbuffer.commands.render import of_status, show
+        from flowbuffer.commands.render import keep_showing, of_status, show
 
         if watch:
-            _watch(lambda: of_status(status(spool, run_id), wide=wide))
+            keep_showing(lambda: of_status(status(spool, run_id), wide=wide))
             return _INTERRUPTED
         show(of_status(found, wide=wide))
     return int(exit_code and any(row.pending for row in found.producers))
@@ -362,29 +360,6 @@ def _confirmed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise click.UsageError(f"{question} There is no terminal to ask; give --yes.")
     return click.confirm(question, err=True)
-
-
-def _watch(draw: Callable[[], Any]) -> None:
-    import signal
-
-    from rich.live import Live
-
-    from flowbuffer.clock import SYSTEM_CLOCK
-
-    stopped = False
-
-    def stop(*_: object) -> None:  # a KeyboardInterrupt in a finalizer would be ignored
-        nonlocal stopped
-        stopped = True
-
-    signal.signal(signal.SIGINT, stop)
-    drawn_s = SYSTEM_CLOCK.monotonic_s()
-    with Live(draw(), auto_refresh=False) as live:
-        while not stopped:
-            SYSTEM_CLOCK.sleep(0.1)
-            if SYSTEM_CLOCK.monotonic_s() - drawn_s >= _WATCH_EVERY_S:
-                drawn_s = SYSTEM_CLOCK.monotonic_s()
-                live.update(draw(), refresh=True)
 
 
 def _print_json(document: Any) -> None:

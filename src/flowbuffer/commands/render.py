@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console, Group
+from rich.live import Live
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.words import counted, duration, printable, short_id, size
 
 if TYPE_CHECKING:
@@ -22,11 +25,31 @@ if TYPE_CHECKING:
 
 #: The width of what is not shown on a terminal, in characters: nothing is cut, and no line folded.
 _FILE_WIDTH = 400
+#: How often what is watched is looked at, in s.
+_WATCH_EVERY_S = 2.0
 
 
 def show(content: Any) -> None:
     """Print on stdout."""
     console().print(content)
+
+
+def keep_showing(draw: Callable[[], Any]) -> None:
+    """Show what ``draw`` gives again and again, until Ctrl-C."""
+    stopped = False
+
+    def stop(*_: object) -> None:  # a KeyboardInterrupt in a finalizer would be ignored
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGINT, stop)
+    drawn_s = SYSTEM_CLOCK.monotonic_s()
+    with Live(draw(), auto_refresh=False) as live:
+        while not stopped:
+            SYSTEM_CLOCK.sleep(0.1)
+            if SYSTEM_CLOCK.monotonic_s() - drawn_s >= _WATCH_EVERY_S:
+                drawn_s = SYSTEM_CLOCK.monotonic_s()
+                live.update(draw(), refresh=True)
 
 
 def console() -> Console:
