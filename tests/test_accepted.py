@@ -451,7 +451,7 @@ class RequestsRig:
         )
         self.requests._send = self._send  # type: ignore[method-assign]
 
-    def _send(self, host: Any, endpoint: str, *_: Any) -> Any:
+    def _send(self, host: Any, endpoint: str, *_: Any, **__: Any) -> Any:
         self.asked.append((self.clock.monotonic_s(), endpoint.rpartition("/")[2], host.token))
         error = self.answer(self.asked[-1][1], host.token)
         if error:

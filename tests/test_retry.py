@@ -8,6 +8,7 @@ import pytest
 
 from flowbuffer.credentials import without_credentials
 from flowbuffer.errors import (
+    DoubtfulError,
     RejectedError,
     RetriableError,
     RunGoneError,
@@ -16,7 +17,7 @@ from flowbuffer.errors import (
     UnauthorisedError,
 )
 from flowbuffer.retry import RetryPolicy
-from flowbuffer.single_requests import error_of_status, retry_after_s
+from flowbuffer.translation import error_of_status, retry_after_s
 from flowbuffer.transport import absolute_uri
 
 POLICY = RetryPolicy(first_s=1.0, most_s=8.0, uniform=lambda _low, high: high)
@@ -43,18 +44,27 @@ def test_the_wait(error: TransportError, attempt: int, expected_s: float) -> Non
 
 
 @pytest.mark.parametrize(
-    ("statuses", "kind"),
+    ("statuses", "code", "kind"),
     [
-        ((408, 429, 500, 502, 503, 504, 302), RetriableError),
-        ((401, 403), UnauthorisedError),
-        ((404,), RunGoneError),
-        ((413,), TooLargeError),
-        ((400, 409, 422), RejectedError),
+        ((408, 429, 500, 502, 503, 504, 302), "", RetriableError),
+        ((400, 402, 404, 405, 409, 410, 422, 451), "", RetriableError),  # a gateway's
+        ((401, 403), "", UnauthorisedError),
+        ((401, 403), "PERMISSION_DENIED", UnauthorisedError),
+        ((413,), "", TooLargeError),
+        ((429, 503), "REQUEST_LIMIT_EXCEEDED", RetriableError),
+        ((200, 204, 302), "INVALID_PARAMETER_VALUE", RetriableError),
+        ((404,), "RESOURCE_DOES_NOT_EXIST", RunGoneError),
+        ((404,), "ENDPOINT_NOT_FOUND", RetriableError),
+        ((400,), "BAD_REQUEST", DoubtfulError),
+        ((500,), "INTERNAL_ERROR", DoubtfulError),
+        ((400, 409, 422), "INVALID_PARAMETER_VALUE", RejectedError),
     ],
 )
-def test_the_status_decides(statuses: tuple[int, ...], kind: type[TransportError]) -> None:
-    """What a status means is decided in one place."""
-    assert {type(error_of_status(status, "")) for status in statuses} == {kind}
+def test_the_status_decides(
+    statuses: tuple[int, ...], code: str, kind: type[TransportError]
+) -> None:
+    """What a status means is decided in one place; only MLflow's own error code is final."""
+    assert {type(error_of_status(status, "", code=code)) for status in statuses} == {kind}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,15 @@ from flowbuffer.errors import (
     UnauthorisedError,
 )
 from flowbuffer.single_requests import SingleRequests, batch_fields
+from flowbuffer.translation import said_by
 
 #: The most metrics in one request (Azure Machine Learning, "Service limits").
 MAX_METRICS = 250
 
+#: What the service answers with (``aml_service_pb2`` of the plugin).
+_BATCH_ID, _IS_COMPLETE, _TOKEN = map(
+    frozenset[str], (["batch_tracking_id"], ["is_complete"], ["token"])
+)
 _API = "/api/2.0/preview/mlflow/runs/"
 #: What the service answers to more metrics than it takes in one request.
 _TOO_MANY = re.compile(r"MetricV2Dto\.Value/Count, Limit=([0-9]{1,6})\b")
@@ -74,15 +80,19 @@ class AzureMLRequests(SingleRequests):
         """``log-batch-async``: in place of the store's method, so that
         ``MlflowClient.log_batch(..., synchronous=False)`` comes here."""
         fields = batch_fields(run_id, metrics, params, tags)
-        said = self.ask(_API + "log-batch-async", "POST", fields)
+        said = self.ask(_API + "log-batch-async", "POST", fields, _BATCH_ID, empty=not metrics)
         return Ingestion(run_id, str(said.get("batch_tracking_id") or ""))
 
     def is_complete(self, ingestion: Ingestion) -> bool:
         """``get-run-data-status``: whether a batch can be read."""
         query = {"run_id": ingestion.run_id, "batch_tracking_id": ingestion.batch_id}
-        return bool(self.ask(_API + "get-run-data-status", "GET", query).get("is_complete"))
+        endpoint = _API + "get-run-data-status"
+        said = self.ask(endpoint, "GET", query, _IS_COMPLETE, empty=True)
+        return bool(said.get("is_complete"))
 
-    def ask(self, endpoint: str, method: str, body: Any) -> Any:
+    def ask(
+        self, endpoint: str, method: str, body: Any, fields: frozenset[str], *, empty: bool
+    ) -> dict[str, Any]:
         """One request, once the service takes requests again; two, if its token was refused.
 
         Raises:
@@ -94,11 +104,11 @@ class AzureMLRequests(SingleRequests):
         try:
             self.stay_authorised()
             try:
-                return super().ask(endpoint, method, body)
+                return super().ask(endpoint, method, body, fields, empty=empty)
             except UnauthorisedError:
                 if not self._renew():
                     raise
-                return super().ask(endpoint, method, body)
+                return super().ask(endpoint, method, body, fields, empty=empty)
         except RetriableError as error:
             if error.retry_after_s:  # the limit is the workspace's: all requests wait
                 until_s = self._clock.monotonic_s() + error.retry_after_s
@@ -155,9 +165,26 @@ class AzureMLRequests(SingleRequests):
                 f"/{by}/{experiment}/runs/{run_id}/token"
             )
             host = MlflowHostCreds(context.host_url, token=before)
-            said = self._send(host, endpoint, "GET", None)
-            auth.set_token(said["token"], auth._parse_expiry_time_from_token(said["token"]))
+            token = self._send(host, endpoint, "GET", None, _TOKEN, empty=False)["token"]
+            try:
+                auth.set_token(token, auth._parse_expiry_time_from_token(token))
+            except Exception as error:
+                raise RetriableError(f"no token of Azure ML's: {said_by(error)}") from error
         return True
+
+    def _code_of(self, status: int, said: Any) -> str:
+        """MLflow's code, or what the service says in its own form, which it uses for limits."""
+        code = super()._code_of(status, said)
+        if code or not isinstance(said, Mapping):
+            return code
+        inner, correlation = (said.get(n) or said.get(n.lower()) for n in ("Error", "Correlation"))
+        if not isinstance(inner, Mapping) or not isinstance(correlation, Mapping):
+            return ""
+        return (
+            "RESOURCE_DOES_NOT_EXIST"
+            if status == 404
+            else str(inner.get("Code") or inner.get("code") or "")
+        )
 
 
 def use_single_requests(store: Any, timeout_s: float) -> None:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowbuffer.azureml_client import MAX_METRICS, AzureMLRequests, Ingestion
+from flowbuffer.base import Accepted, Done, Request
 from flowbuffer.clock import Clock
 from flowbuffer.errors import RetriableError, RunGoneError, TransportError
 from flowbuffer.notices import warn_once
 from flowbuffer.settings import Settings
 from flowbuffer.spool.layout import KEY_SEPARATOR
-from flowbuffer.transport import Accepted, Done, MlflowTransport, Request
+from flowbuffer.transport import MlflowTransport
 
 _log = logging.getLogger("flowbuffer")
 
@@ -52,6 +53,8 @@ class AzureMLTransport(MlflowTransport):
         clock: For the pauses between two looks.
     """
 
+    _operations = (Ingestion,)
+
     def __init__(self, tracking_uri: str, settings: Settings, clock: Clock) -> None:
         self._pending: deque[_Pending] = deque()
         self._changed = threading.Event()
@@ -82,7 +85,7 @@ class AzureMLTransport(MlflowTransport):
     def _deliver(self, request: Request, done: Done, accepted: Accepted) -> None:
         taken: list[Any] = []  # an Ingestion, if it is the plugin's store
         self._warn_of_names(request)
-        error = self._attempt(lambda: taken.append(self._log_batch(request)), request.run_id)
+        error = self._attempt(request, taken.append)
         if error is None:
             self._warn_of_rows(request)
         self._changed.set()  # there is a client now, with a token to be kept

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+
 from flowbuffer.ordering import Rows
+
+#: How often a request fails doubtfully before its content may be to blame, while nothing else of
+#: the run is stored; how often, if something was stored since.
+DOUBTS = 8
+DOUBTS_BESIDE_OTHERS = 3
 
 
 @dataclass(eq=False)
@@ -14,10 +21,14 @@ class Part:
 
     ``blamed``: they are the second half of what the server rejected. Once the first half is stored
     the fault must be in them, and sending them as a whole would be a request for nothing.
+    ``doubts``: how often sending them failed doubtfully, since the run had ``stored_before``
+    requests stored.
     """
 
     rows: Rows
     blamed: bool = False
+    doubts: int = 0
+    stored_before: int = 0
 
 
 @dataclass(eq=False)
@@ -31,6 +42,8 @@ class Batch:
         due_s: When it is to be sent, in monotonic time.
         sending: It is on its way.
         is_split: A part was refused, and taken apart.
+        in_order: A key's rows must be stored one after another, as those of a parameter.
+        aside: One point that may be at fault. It takes nobody's place until that is known.
     """
 
     parts: deque[Part]
@@ -39,6 +52,48 @@ class Batch:
     due_s: float = 0.0
     sending: bool = False
     is_split: bool = False
+    in_order: bool = False
+    aside: bool = False
+
+    def is_at_fault(self, stored: int) -> bool:
+        """After a doubtful failure of the first part: whether its content must be to blame, because
+        it failed again and again while others of the run were stored.
+
+        As long as nothing is stored it may be the whole store, and nothing is to blame. But so that
+        a point at fault keeps none of the others from being stored, which then tells, the part is
+        taken apart, a single point goes behind the others, and a single batch of one is aside.
+
+        Args:
+            stored: How many requests of the run have been stored so far.
+        """
+        part = self.parts[0]
+        if not part.doubts:
+            part.stored_before = stored
+        part.doubts += 1
+        if stored > part.stored_before:
+            return part.doubts >= DOUBTS_BESIDE_OTHERS
+        if part.doubts < DOUBTS and not self.is_split:
+            return False
+        if len(part.rows) > 1:
+            attempt = self.attempt if self.is_split else 0
+            self.take_apart(blame=False)
+            self.attempt = attempt
+        elif len(self.parts) > 1:
+            self._put_behind()
+        else:
+            self.aside = True
+        return False
+
+    def _put_behind(self) -> None:
+        """Move the first part behind the others, but not past one with its key, if that counts."""
+        first = self.parts.popleft()
+        keys = first.rows["key"]
+        behind = len(self.parts)
+        for number, part in enumerate(self.parts):
+            if self.in_order and np.isin(keys, part.rows["key"]).any():
+                behind = number
+                break
+        self.parts.insert(behind, first)
 
     def take_apart(self, *, blame: bool) -> Rows | None:
         """After the first part was refused: split it, down to the point at fault; that one is given

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowbuffer.background import Wake
+from flowbuffer.base import Transport
 from flowbuffer.clock import Clock, Event
 from flowbuffer.credentials import without_credentials
 from flowbuffer.destinations import (
@@ -31,7 +32,7 @@ from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
 from flowbuffer.spool.mark import foreign
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import closed_outcome, parked_reason
-from flowbuffer.transport import Transport, absolute_uri
+from flowbuffer.transport import absolute_uri
 
 _log = logging.getLogger("flowbuffer")
 

@@ -1,11 +1,15 @@
-"""No credential reaches the disk (P8): neither in a tracking URI, nor in what a server said."""
+"""No credential reaches the disk (P8), neither in a tracking URI nor in what a server said; and
+none reaches a server that it was not given for."""
 
 from __future__ import annotations
 
 import re
+import sys
 from urllib.parse import unquote, urlsplit
 
-from flowbuffer.environment import environment_secrets
+from flowbuffer.environment import environment_secrets, environment_tracking_uri, variable
+from flowbuffer.errors import UnauthorisedError
+from flowbuffer.handover import handed_on_uri
 
 #: User and password before the host (RFC 3986, 3.2.1).
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
@@ -51,3 +55,82 @@ def redacted(text: str) -> str:
 
 #: A shorter password would be found in every other word.
 _SHORTEST = 4
+
+
+# Whose credentials they are. A folder of the spool names a server, and may have come from anywhere;
+# the token in this environment is for the server that this environment, or this program, names.
+
+_Server = tuple[str, str, int | None]
+
+_vouched_for: set[_Server] = set()
+
+#: Schemes whose server is chosen by this user's own configuration, and which have none.
+_OF_THIS_USER = ("databricks", "databricks-uc", "uc", "sqlite", "file", "")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_DATABASE_PASSWORDS = ("PGPASSWORD", "MYSQL_PWD")
+_HINT = (
+    "the credentials of this environment are not for this server, and were not sent; if they are, "
+    "name it: flowbuffer sync --tracking-uri {}"
+)
+
+
+def vouch_for(tracking_uri: str) -> None:
+    """This program, or a person, names a server: it gets the credentials of this environment."""
+    server = _server_of(tracking_uri)
+    if server is not None:
+        _vouched_for.add(server)
+
+
+def belongs(uri: str) -> bool:
+    """Whether the credentials of this environment are for the server of this URI: the same scheme,
+    host and port as one that was named here."""
+    server = _server_of(uri)
+    if server is None or server in _vouched_for:
+        return True
+    tracking = sys.modules.get("mlflow.tracking._tracking_service.utils")
+    named = (
+        environment_tracking_uri(),
+        handed_on_uri(),
+        getattr(tracking, "_tracking_uri", None),  # what mlflow.set_tracking_uri was told
+    )
+    return any(isinstance(one, str) and _server_of(one) == server for one in named)
+
+
+def hint(uri: str) -> str:
+    """What would help if a server refuses who has no credentials for it."""
+    return _HINT.format(without_credentials(uri))
+
+
+def check_may_ask(tracking_uri: str) -> None:
+    """Whether a store may be made that finds its credentials by itself.
+
+    Raises:
+        UnauthorisedError: It would take them to a server that nobody named here.
+    """
+    scheme = _scheme_of(tracking_uri)
+    if scheme in _DEFAULT_PORTS or belongs(tracking_uri):
+        return  # ours, and its requests go without credentials where they do not belong
+    if _DATABASE.match(tracking_uri) and not any(map(variable, _DATABASE_PASSWORDS)):
+        return  # the URI has them all, or a file has them by host
+    raise UnauthorisedError(hint(tracking_uri))
+
+
+def _scheme_of(uri: str) -> str:
+    return uri.partition(":")[0].split("+")[0].lower() if ":" in uri else ""
+
+
+def _server_of(uri: str) -> _Server | None:
+    """Scheme, host and port; None if there is no server that somebody else could name."""
+    scheme = _scheme_of(uri)
+    if scheme in _OF_THIS_USER:
+        return None
+    if _DATABASE.match(uri):
+        return scheme, without_credentials(uri), None  # the host may stand in the query, too
+    if scheme == "azureml":
+        scheme = "https"
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname or "", parts.port or _DEFAULT_PORTS.get(scheme)
+    except ValueError:
+        return scheme, uri, None  # no server that could be asked
+    return (scheme, host, port) if host else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flowbuffer.collector_thread import CollectorThread
+from flowbuffer.credentials import vouch_for
 from flowbuffer.handover import interpreter
 from flowbuffer.notices import warn_once
 from flowbuffer.settings import Settings
@@ -201,7 +202,9 @@ def _installed_schemes() -> frozenset[str]:
 
 
 def delivery_of(settings: Settings, tracking_uri: str) -> Delivery:
-    """Who delivers, by the settings."""
+    """Who delivers, by the settings. The server gets the credentials that this process has for it:
+    its program logs there."""
+    vouch_for(tracking_uri)
     if settings.offline:
         return NoDelivery(settings)
     if settings.delivery == "process":

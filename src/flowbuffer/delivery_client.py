@@ -13,9 +13,12 @@ import threading
 from typing import Any
 
 from flowbuffer.azureml_client import never_prompt, use_single_requests
-from flowbuffer.credentials import hide
+from flowbuffer.credentials import check_may_ask, hide
+from flowbuffer.errors import RetriableError
 from flowbuffer.handover import handed_on_uri
+from flowbuffer.shipped import shipped
 from flowbuffer.single_requests import SingleRequests
+from flowbuffer.translation import translated
 
 
 class _CallersQueue:
@@ -30,10 +33,10 @@ class _CallersQueue:
         self._store = store
 
     def log_batch_async(self, run_id: str, params: Any, tags: Any, metrics: Any) -> Any:
-        from mlflow.utils.async_logging.run_operations import RunOperations
-
-        self._store.log_batch(run_id=run_id, metrics=metrics, params=params, tags=tags)
-        return RunOperations([])
+        said = self._store.log_batch(run_id=run_id, metrics=metrics, params=params, tags=tags)
+        if said is not None:
+            raise RetriableError(f"the store's log_batch gave {type(said)} in place of nothing")
+        return shipped().operations[0]([])
 
     def is_active(self) -> bool:
         return True
@@ -86,16 +89,23 @@ def warm_up(uri: str) -> None:
 
 
 def delivery_client(uri: str, timeout_s: float) -> Any:
-    """An ``MlflowClient`` whose tracking store is its own."""
+    """An ``MlflowClient`` whose tracking store is its own.
+
+    Raises:
+        TransportError: It cannot be made here and now, whatever MLflow says of it: a plugin, a
+            driver or a certificate may be missing in this process.
+    """
     hide(uri)
+    check_may_ask(uri)
     with _making:
-        return _made(uri, timeout_s)
+        try:
+            return _made(uri, timeout_s)
+        except Exception as error:
+            raise translated(error) from error
 
 
 def _made(uri: str, timeout_s: float) -> Any:
     from mlflow.store.tracking.rest_store import RestStore
-    from mlflow.tracking import MlflowClient
-    from mlflow.tracking._tracking_service.client import TrackingServiceClient
     from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
     if uri.startswith("azureml:") and handed_on_uri() is not None:
@@ -112,7 +122,9 @@ def _made(uri: str, timeout_s: float) -> Any:
     elif hasattr(store, "service_context"):  # of Azure ML's plugin
         use_single_requests(store, timeout_s)
 
-    class PrivateTrackingClient(TrackingServiceClient):  # type: ignore[misc]
+    mlflow = shipped()
+
+    class PrivateTrackingClient(mlflow.TrackingServiceClient):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
             self.tracking_uri = uri
 
@@ -120,6 +132,11 @@ def _made(uri: str, timeout_s: float) -> Any:
         def store(self) -> Any:
             return store
 
-    client = MlflowClient(tracking_uri=uri)
+    client = mlflow.MlflowClient(tracking_uri=uri)
     client._tracking_client = PrivateTrackingClient()
     return client
+
+
+def store_of(client: Any) -> Any:
+    """The tracking store of a delivery client; None if there is no client yet."""
+    return None if client is None else client._tracking_client.store

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from flowbuffer.base import Transport
 from flowbuffer.clock import Clock
 from flowbuffer.settings import Settings
 from flowbuffer.spool.info import OFFLINE, ProducerInfo
-from flowbuffer.transport import MlflowTransport, Transport
+from flowbuffer.transport import MlflowTransport
 
 TransportFactory = Callable[[str, Settings, Clock], Transport]
 

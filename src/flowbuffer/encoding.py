@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from flowbuffer.base import Request
 from flowbuffer.batches import Part
 from flowbuffer.ordering import Rows, one_each
 from flowbuffer.run_keys import RunKeys
 from flowbuffer.source import Source
 from flowbuffer.spool.layout import PARAM, TAG
-from flowbuffer.transport import Request
 
 
 class Encoder:

@@ -10,12 +10,12 @@
     ├── WaitTimeout             also a TimeoutError: time was up before delivery
     ├── DeliveryError           a handle's points are not, and will not be, in the backend
     └── TransportError          what a tracking server answered; never raised in a training loop
-        ├── RetriableError      the same request may succeed later
-        │   └── DoubtfulError   or never: it is tried a few times
+        ├── RetriableError      the same request may succeed later; whatever is not MLflow's answer
+        │   └── DoubtfulError   MLflow itself failed, of its own or because of the content
         ├── UnauthorisedError   401, 403: someone has to renew the credentials
-        ├── RunGoneError        404, a deleted run: nothing of this run can be stored
+        ├── RunGoneError        MLflow has no such run, or it is deleted: nothing can be stored
         ├── TooLargeError       413: the same points may fit in smaller requests
-        └── RejectedError       any other 4xx: the content is at fault
+        └── RejectedError       any other 4xx with MLflow's error code: the content is at fault
 
 A :class:`TransportError` carries what the sender needs to decide; nobody matches on its text.
 """
@@ -103,11 +103,17 @@ class TransportError(FlowbufferError):
 
 
 class RetriableError(TransportError):
-    """The same request may succeed later: no connection, time-out, 408, 429, 5xx."""
+    """The same request may succeed later: no connection, time-out, 408, 429, 5xx, a redirect, an
+    answer that is not MLflow's, and whatever went wrong on this side before there was an answer."""
 
 
 class DoubtfulError(RetriableError):
-    """MLflow's BAD_REQUEST: its database failed, of its own or because of the content."""
+    """MLflow's BAD_REQUEST and INTERNAL_ERROR: it, or its database, failed; of its own, as with an
+    exhausted pool, or because of the content, as with a NUL in a text on PostgreSQL.
+
+    It is tried again, and it never condemns a point by itself: only what fails so again and again
+    while other requests of the run are stored is at fault (``Batch.is_at_fault``).
+    """
 
 
 class UnauthorisedError(TransportError):
@@ -115,15 +121,15 @@ class UnauthorisedError(TransportError):
 
 
 class RunGoneError(TransportError):
-    """404, or the run is deleted: nothing can be stored in this run."""
+    """MLflow has no such run, or it is deleted: nothing can be stored until it is restored."""
 
 
 class TooLargeError(TransportError):
-    """413: the same points may fit in smaller requests."""
+    """413: the same points may fit in smaller requests. A point alone is tried again."""
 
 
 class RejectedError(TransportError):
-    """Any other 4xx: something in the request will never be accepted."""
+    """Any other 4xx of MLflow's own: something in the request will never be accepted."""
 
 
 def is_passing(error: BaseException) -> bool:

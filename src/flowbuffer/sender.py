@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flowbuffer.base import Transport
 from flowbuffer.batches import Batch, Part
 from flowbuffer.clock import Clock
 from flowbuffer.encoding import Encoder
@@ -39,17 +40,11 @@ from flowbuffer.settings import Settings
 from flowbuffer.source import Source
 from flowbuffer.spool.reader import Reader
 from flowbuffer.spool.states import is_parked, park
-from flowbuffer.transport import Transport
 
 _log = logging.getLogger("flowbuffer")
 
 #: The most parameters and tags in one request: MLflow takes 100 of each.
 MAX_TEXTS = 100
-
-#: How often a request is sent again after a doubtful error before its content is to blame, and how
-#: often one of its parts is then.
-DOUBTS = 8
-DOUBTS_OF_A_PART = 3
 
 #: What our own code raises for the content of a point.
 CONTENT_ERRORS = (
@@ -108,6 +103,7 @@ class Sender:
         self._encoder = Encoder(run_id, self._keys, self._source)
         self._rejections = Rejections(run_id, clock)
         self._intake = Intake(run_id, self._rejections, window_points or WINDOW_POINTS)
+        self._stored_requests = 0
         self._held_up: type[TransportError] | None = None  # what was told last
         self._not_before_s = self._failed_at_s = -math.inf
 
@@ -173,7 +169,7 @@ class Sender:
             (self._intake.texts, MAX_TEXTS),
             (self._intake.metrics, min(self._settings.max_batch_size, self.transport.max_metrics)),
         ):
-            while len(self._batches) < self.transport.max_in_flight:
+            while self._places_taken() < self.transport.max_in_flight:
                 count, since_s = backlog.ready(self._busy)
                 due_s = since_s + self._settings.linger_s
                 if not count:
@@ -184,10 +180,14 @@ class Sender:
                 self._begin(backlog.take(size, self._busy))
         return next_s
 
+    def _places_taken(self) -> int:
+        return sum(batch.sending or not batch.aside for batch in self._batches)
+
     def _begin(self, rows: Rows) -> None:
         """Send these points, which are all metrics, or all parameters and tags."""
         parts = self._encoder.parts(rows)
-        batch = Batch(deque(parts), set(np.unique(rows["key"]).tolist()))
+        keys = set(np.unique(rows["key"]).tolist())
+        batch = Batch(deque(parts), keys, in_order=self._keys.kind(rows["key"][0]) != 0)
         self._batches.append(batch)
         self._busy |= batch.keys
         self._request(batch)
@@ -239,7 +239,7 @@ class Sender:
         batch.sending = False
         if error is None:
             self._stored(batch)
-        elif isinstance(error, (RejectedError, TooLargeError)) or self._is_final(batch, error):
+        elif self._is_refusal(batch, error):
             self._refused(batch, error)
         else:
             self._failed(batch, error)
@@ -256,13 +256,20 @@ class Sender:
 
     def _stored(self, batch: Batch) -> None:
         self._went_well(batch)
+        self._stored_requests += 1
+        for other in self._batches:
+            if other.aside:  # the store takes points: whether it takes this one, will now be known
+                other.due_s = self._clock.monotonic_s()
         self._mark(batch.parts.popleft().rows)
         self._next_part(batch)
 
-    def _is_final(self, batch: Batch, error: TransportError) -> bool:
-        """Whether a doubtful error has come so often that the content must be at fault."""
-        most = DOUBTS_OF_A_PART if batch.is_split else DOUBTS
-        return isinstance(error, DoubtfulError) and batch.attempt >= most
+    def _is_refusal(self, batch: Batch, error: TransportError) -> bool:
+        """Whether the request must not be sent again as it is."""
+        if isinstance(error, TooLargeError):  # no fault of any point: one alone is tried again
+            return len(batch.parts[0].rows) > 1
+        if isinstance(error, DoubtfulError):
+            return batch.is_at_fault(self._stored_requests)
+        return isinstance(error, RejectedError)
 
     def _refused(self, batch: Batch, error: TransportError) -> None:
         """Split down to the point at fault; it alone is a dead letter."""
@@ -287,6 +294,9 @@ class Sender:
         batch.attempt += 1
         wait_s = self._policy.wait_s(error, batch.attempt)
         batch.due_s = now_s + wait_s
+        if batch.aside and not batch.in_order:
+            self._busy -= batch.keys  # wherever it is stored later, it sorts before what follows
+            batch.keys = set()
         if error.retry_after_s or isinstance(error, (UnauthorisedError, RunGoneError)):
             self._not_before_s = max(self._not_before_s, batch.due_s)
         if self._held_up is not type(error):

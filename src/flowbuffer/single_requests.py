@@ -1,35 +1,30 @@
 """MLflow's REST API as delivery uses it: each call is one HTTP request, and each answer one error.
 
-MLflow's own would try again for minutes inside one call, multiply our retries, and drop
-``Retry-After``.
+MLflow's own would try again for minutes inside one call, multiply our retries, drop
+``Retry-After``, follow a redirect to wherever it leads, and take an empty answer, or the JSON of
+anybody, for its own.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import threading
-from email.utils import parsedate_to_datetime
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.credentials import redacted
-from flowbuffer.errors import (
-    DoubtfulError,
-    RejectedError,
-    RetriableError,
-    RunGoneError,
-    TooLargeError,
-    TransportError,
-    UnauthorisedError,
+from flowbuffer.credentials import hint, redacted
+from flowbuffer.errors import RetriableError
+from flowbuffer.translation import (
+    code_of,
+    error_of_status,
+    first_line,
+    message_of,
+    retry_after_s,
 )
 
-_here = threading.local()
-
-
-def is_delivering() -> bool:
-    """Whether this thread is in a request of delivery's own."""
-    return getattr(_here, "delivers", False)
+if TYPE_CHECKING:
+    from flowbuffer.http_session import Answer
 
 
 class SingleRequests:
@@ -47,9 +42,12 @@ class SingleRequests:
         from mlflow.protos.service_pb2 import MlflowService
         from mlflow.utils.rest_utils import _REST_API_PATH_PREFIX, extract_api_info_for_service
 
+        from flowbuffer.http_session import Requests, withholds  # and with it libraries
+
         self._store = store
         self._endpoints = extract_api_info_for_service(MlflowService, _REST_API_PATH_PREFIX)
-        self._timeout_s = (min(timeout_s, 10.0), timeout_s)  # to connect, to read
+        self._requests = Requests(timeout_s)
+        self._withholds = withholds
 
     def log_batch(self, run_id: str, metrics: Any, params: Any, tags: Any) -> None:
         """``POST mlflow/runs/log-batch``, as MLflow's REST API documents it."""
@@ -57,55 +55,102 @@ class SingleRequests:
 
         self._request(LogBatch, batch_fields(run_id, metrics, params, tags))
 
-    def call_endpoint(self, api: Any, json_body: str | None = None, **_: Any) -> Any:
+    def call_endpoint(
+        self, api: Any, json_body: str | None = None, endpoint: str | None = None, **_: Any
+    ) -> Any:
         """``RestStore._call_endpoint``, for whatever else is asked."""
         from mlflow.utils.proto_json_utils import parse_dict
 
         body = json.loads(json_body) if json_body else None
         answer = api.Response()
-        parse_dict(self._request(api, body), answer)
+        try:
+            parse_dict(self._request(api, body, endpoint), answer)
+        except ValueError as error:
+            raise RetriableError(f"the answer is not MLflow's: {first_line(error)}") from error
         return answer
 
-    def _request(self, api: Any, body: Any) -> Any:
+    def _request(self, api: Any, body: Any, path: str | None = None) -> dict[str, Any]:
         endpoint, method = self._endpoints[api]
-        return self.ask(endpoint, method, body)
+        fields = frozenset(api.Response.DESCRIPTOR.fields_by_name)
+        empty = not fields or "next_page_token" in fields  # something is stored, or nothing found
+        return self.ask(path or endpoint, method, body, fields, empty=empty)
 
-    def ask(self, endpoint: str, method: str, body: Any) -> Any:
+    def ask(
+        self, endpoint: str, method: str, body: Any, fields: frozenset[str], *, empty: bool
+    ) -> dict[str, Any]:
         """One request to the server of the store, and what its JSON answer says.
 
+        Args:
+            endpoint: The path below the server's.
+            method: As HTTP has it.
+            body: What is asked.
+            fields: Those that the answer may have. See :func:`is_answer`.
+            empty: Whether it may have none.
+
         Raises:
-            TransportError: The server's answer is another than 200, or there is none.
+            TransportError: The answer is none of MLflow's, or is no 200, or there is none.
         """
-        return self._send(self._store.get_host_creds(), endpoint, method, body)
+        return self._send(self._store.get_host_creds(), endpoint, method, body, fields, empty=empty)
 
-    def _send(self, host_and_credentials: Any, endpoint: str, method: str, body: Any) -> Any:
-        from mlflow.exceptions import MlflowException
-        from mlflow.utils.rest_utils import http_request
-
-        _here.delivers = True
+    def _send(
+        self,
+        host_and_credentials: Any,
+        endpoint: str,
+        method: str,
+        body: Any,
+        fields: frozenset[str],
+        *,
+        empty: bool,
+    ) -> dict[str, Any]:
         try:
-            response = http_request(
-                host_and_credentials,
-                endpoint,
-                method,
-                max_retries=0,
-                raise_on_status=False,
-                timeout=self._timeout_s,
-                **{"params" if method == "GET" else "json": body},
-            )
-        except MlflowException as error:
+            answer = self._requests.request(host_and_credentials, endpoint, method, body)
+        except Exception as error:
             raise RetriableError(first_line(error)) from error
-        finally:
-            _here.delivers = False
-        if response.status_code != 200:
-            code, said = _said(response.text)
-            raise error_of_status(
-                response.status_code,
-                f"{response.status_code} {said}",
-                retry_after_s(response.headers.get("Retry-After"), SYSTEM_CLOCK.now_ns() / 1e9),
-                code=code,
-            )
-        return response.json()
+        said = _parsed(answer)
+        if answer.status == 200 and is_answer(said, fields, empty=empty):
+            return cast(dict[str, Any], said)
+        code = self._code_of(answer.status, said)
+        text = f"{code}: {message_of(said)}" if code else _shown(answer)
+        if answer.status == 200:
+            text = f"not an answer of MLflow's to {endpoint}: {text}"
+        elif answer.status in range(300, 400):
+            text = f"redirected, and delivery follows no redirect: {text}"
+        elif answer.status in (401, 403) and self._withholds(host_and_credentials):
+            text = f"{hint(host_and_credentials.host)}: {text}"
+        raise error_of_status(
+            answer.status,
+            f"{answer.status} {redacted(text)[:1000]}",
+            retry_after_s(answer.headers.get("Retry-After"), SYSTEM_CLOCK.now_ns() / 1e9),
+            code=code,
+        )
+
+    def _code_of(self, status: int, said: Any) -> str:  # noqa: ARG002
+        return code_of(said)
+
+
+def is_answer(said: Any, fields: frozenset[str], *, empty: bool) -> bool:
+    """Whether a server that answered 200 with this JSON is MLflow's.
+
+    It answers an object that has at least one of the endpoint's fields, or, to what only stores
+    something, an object with nothing in it. More fields than these do not matter, as a newer MLflow
+    may have them; but an object of which no field is known, like ``{"login": "required"}``, is
+    somebody else's, and so is an empty body, ``null`` or a list.
+    """
+    if not isinstance(said, Mapping) or "error_code" in said:
+        return False
+    return not fields.isdisjoint(said) if said else empty
+
+
+def _parsed(answer: Answer) -> Any:
+    try:
+        return json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _shown(answer: Answer) -> str:
+    """The text of an answer that is not MLflow's."""
+    return " ".join(answer.body[:100_000].decode(errors="replace").split()) or "(an empty answer)"
 
 
 def batch_fields(run_id: str, metrics: Any, params: Any, tags: Any) -> dict[str, Any]:
@@ -134,55 +179,3 @@ def _metric_fields(metric: Any) -> dict[str, Any]:
 
 #: As protocol buffers write them in JSON (protobuf.dev, "ProtoJSON Format").
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-
-
-def error_of_status(
-    status: int, reason: str, retry_after: float | None = None, *, code: str = ""
-) -> TransportError:
-    """The error that an HTTP status, with MLflow's error code, stands for."""
-    kind: type[TransportError]
-    if status in (408, 429) or status >= 500 or status < 400:
-        kind = RetriableError
-    elif status in (401, 403):
-        kind = UnauthorisedError
-    elif status == 404:
-        kind = RunGoneError
-    elif status == 413:
-        kind = TooLargeError
-    elif code == "BAD_REQUEST":
-        # What MLflow makes of any error of its database but an OperationalError: a value that does
-        # not fit its column, and a connection pool that is exhausted (store/db/utils.py).
-        kind = DoubtfulError
-    else:
-        kind = RejectedError
-    return kind(reason, retry_after)
-
-
-def retry_after_s(header: str | None, now_s: float) -> float | None:
-    """Seconds from a ``Retry-After`` header (RFC 9110, 10.2.3): a number, or a date."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - now_s
-        except (TypeError, ValueError):
-            return None
-    return seconds if 0 <= seconds < float("inf") else None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, of bounded length and without credentials."""
-    return redacted((str(error) or type(error).__name__).split("\n")[0])[:1000]
-
-
-def _said(body: str) -> tuple[str, str]:
-    """MLflow's error code, empty if there is none, and the message in the body of an error."""
-    try:
-        said = json.loads(body)
-        code = str(said.get("error_code", ""))
-        message = f": {said['message'] if 'message' in said else said['Error']['Message']}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        code, message = "", " ".join(body[:100_000].split())
-    return code, redacted(code + message)[:1000]

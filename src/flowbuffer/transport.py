@@ -5,79 +5,27 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote
 
 from flowbuffer import idle_clients
+from flowbuffer.base import Accepted, Done, Request
 from flowbuffer.clock import Clock
-from flowbuffer.delivery_client import delivery_client
+from flowbuffer.delivery_client import delivery_client, store_of
 from flowbuffer.errors import (
+    DoubtfulError,
     RejectedError,
     RetriableError,
     RunGoneError,
     TransportError,
-    UnauthorisedError,
 )
 from flowbuffer.settings import Settings
-from flowbuffer.single_requests import error_of_status, first_line
+from flowbuffer.shipped import shipped
 from flowbuffer.spool.layout import KEY_SEPARATOR
-
-
-@dataclass(frozen=True)
-class Request:
-    """One batch for one run.
-
-    Attributes:
-        run_id: The run.
-        keys, values, times, steps: Of the metrics, columns of one length. A key is as the key table
-            of a spool has it (see ``spool.layout``). ``times`` are ms since the epoch.
-        params, tags: Keys and values; no key twice.
-    """
-
-    run_id: str
-    keys: Sequence[str] = ()
-    values: Sequence[float] = ()
-    times: Sequence[int] = ()
-    steps: Sequence[int] = ()
-    params: Sequence[tuple[str, str]] = ()
-    tags: Sequence[tuple[str, str]] = ()
-
-    def __len__(self) -> int:
-        return len(self.keys) + len(self.params) + len(self.tags)
-
-
-#: Called once when a request is over: with None when it is stored, else with what went wrong.
-Done = Callable[[TransportError | None], None]
-
-#: Called before ``Done``, and at most once, by a service that takes a batch now and stores it
-#: later: the next request with the same keys may be sent.
-Accepted = Callable[[], None]
-
-
-class Transport(Protocol):
-    """Where batches go. ``flowbuffer.testing`` has one for tests.
-
-    Attributes:
-        max_in_flight: How many requests may be on their way at once.
-        max_metrics: The most metrics in one request.
-    """
-
-    max_in_flight: int
-
-    @property
-    def max_metrics(self) -> int: ...
-
-    def send(self, request: Request, done: Done, accepted: Accepted) -> None:
-        """Send a request. Both may be called at once or later, in any thread."""
-
-    def warnings(self, run_id: str) -> list[str]:
-        """What whoever logs to a run should know, although all is well so far."""
-
-    def close(self) -> None:
-        """Take no more requests."""
+from flowbuffer.stored_nans import StoredNans
+from flowbuffer.translation import translated
 
 
 class MlflowTransport:
@@ -90,6 +38,9 @@ class MlflowTransport:
         clock: For what is remembered of a run's state.
     """
 
+    #: What ``log_batch`` may give besides MLflow's own.
+    _operations: tuple[type, ...] = ()
+
     def __init__(self, tracking_uri: str, settings: Settings, clock: Clock) -> None:
         self.max_in_flight = settings.max_in_flight or (1 if _is_file(tracking_uri) else 4)
         self._uri = tracking_uri
@@ -99,6 +50,7 @@ class MlflowTransport:
         self._file: tuple[int, int] | None = None
         self._client_lock = threading.Lock()
         self._active_until_s: dict[str, float] = {}
+        self._nans = StoredNans()
         self._requests: queue.SimpleQueue[tuple[Request, Done, Accepted] | None]
         self._requests = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -148,64 +100,88 @@ class MlflowTransport:
             self._deliver(*work)
 
     def _deliver(self, request: Request, done: Done, accepted: Accepted) -> None:  # noqa: ARG002
-        done(self._attempt(lambda: self._wait_for(self._log_batch(request)), request.run_id))
+        request = self._nans.unknown(request)
+        error = self._attempt(request) if len(request) else None
+        if isinstance(error, DoubtfulError) and self._has_read_nans(request):
+            rest = self._nans.unknown(request)
+            if len(rest) < len(request):
+                request, error = rest, self._attempt(rest) if len(rest) else None
+        if error is None:
+            self._nans.stored(request)
+        done(error)
 
-    def _wait_for(self, operation: Any) -> None:
-        if operation is not None:
-            operation.wait()
-
-    def _attempt(self, send: Callable[[], None], run_id: str) -> TransportError | None:
-        """What went wrong; None if nothing did."""
+    def _has_read_nans(self, request: Request) -> bool:
+        """Read which NaN of a request that was refused are stored; False if it has none, or the
+        store does not say."""
         try:
-            send()
-        except RejectedError as error:
-            return self._unless_gone(run_id, error)
-        except TransportError as error:
-            return error
+            return self._nans.read(store_of(self._delivery_client()), request)
+        except Exception:
+            return False  # the request is tried again, and so is this
+
+    def _attempt(
+        self, request: Request, then: Callable[[Any], None] | None = None
+    ) -> TransportError | None:
+        """Send a request; what went wrong, None if nothing did.
+
+        Args:
+            request: To be sent.
+            then: What is to be done with the operation; waits for it by default.
+        """
+        client = None
+        try:
+            client = self._delivery_client()
+            operation = self._log_batch(client, request)
+            if then is not None:
+                then(operation)
+            elif operation is not None:
+                operation.wait()
         except Exception as error:
-            found = translated(error)
-            if isinstance(found, RejectedError):
-                return self._unless_gone(run_id, found)
+            found = translated(error, store_of(client))
+            if client is not None and isinstance(found, (RejectedError, RunGoneError)):
+                return self._unless_gone(client, request.run_id, found)
             return found
         return None
 
-    def _log_batch(self, request: Request) -> Any:
-        """Hand a batch over; the operation to wait for."""
-        from mlflow.entities import Metric, Param, RunTag
-
+    def _log_batch(self, client: Any, request: Request) -> Any:
+        """Hand a batch over; the operation to wait for, None if it is stored."""
+        mlflow = shipped()
         columns = zip(request.keys, request.values, request.times, request.steps, strict=True)
-        metrics = [
-            _metric(*point) if KEY_SEPARATOR in point[0] else Metric(*point) for point in columns
-        ]
-        return self._delivery_client().log_batch(
+        operation = client.log_batch(
             request.run_id,
-            metrics=metrics,
-            params=[Param(*param) for param in request.params],
-            tags=[RunTag(*tag) for tag in request.tags],
+            metrics=[_metric(mlflow.Metric, *point) for point in columns],
+            params=[mlflow.Param(*param) for param in request.params],
+            tags=[mlflow.RunTag(*tag) for tag in request.tags],
             synchronous=False,
         )
+        if operation is None or isinstance(operation, (*mlflow.operations, *self._operations)):
+            return operation
+        raise RetriableError(f"log_batch gave no operation of MLflow's, but {type(operation)}")
 
-    def _unless_gone(self, run_id: str, error: RejectedError) -> TransportError:
-        """A deleted run rejects what it is sent with the same status as a bad point; look."""
+    def _unless_gone(
+        self, client: Any, run_id: str, error: RejectedError | RunGoneError
+    ) -> TransportError:
+        """A deleted run rejects what it is sent with the same status as a bad point does, and a
+        model that does not exist is not found as a run is not: look at the run."""
         now_s = self._clock.monotonic_s()
-        if now_s < self._active_until_s.get(run_id, 0.0):
+        rejected = RejectedError(error.reason, error.retry_after_s)
+        if isinstance(error, RejectedError) and now_s < self._active_until_s.get(run_id, 0.0):
             return error
         try:
-            run = self._delivery_client().get_run(run_id)
+            run = client.get_run(run_id)
         except Exception as failure:
-            found = failure if isinstance(failure, TransportError) else translated(failure)
-            return error if isinstance(found, RejectedError) else found
+            found = translated(failure, store_of(client))
+            return rejected if isinstance(found, RejectedError) else found
         if run.info.lifecycle_stage == "deleted":
             return RunGoneError(f"run {run_id} is deleted ({error.reason})")
         self._active_until_s[run_id] = now_s + 10.0
-        return error
+        return rejected
 
     def _delivery_client(self) -> Any:
         with self._client_lock:
             file = self._database_file()
             if self._client is not None and file != self._file:
                 # Another file is there now; the connections are to the one that was deleted.
-                self._client._tracking_client.store.engine.dispose()
+                store_of(self._client).engine.dispose()
             self._file = file
             if self._client is None:
                 self._client = idle_clients.take(self._which()) or delivery_client(
@@ -233,14 +209,14 @@ class MlflowTransport:
         return found.st_dev, found.st_ino
 
 
-def _metric(stored_key: str, *point: Any) -> Any:
-    """A metric that is about a model or a dataset."""
-    from mlflow.entities import Metric
-
+def _metric(kind: Any, stored_key: str, *point: Any) -> Any:
+    """A metric, which may be about a model or a dataset."""
     key, *about = stored_key.split(KEY_SEPARATOR)
+    if not about:
+        return kind(key, *point)
     names = ("model_id", "dataset_name", "dataset_digest")
     fields = {name: text or None for name, text in zip(names, about, strict=True)}
-    return Metric(key, *point, **fields)
+    return kind(key, *point, **fields)
 
 
 def absolute_uri(tracking_uri: str) -> str:
@@ -260,26 +236,3 @@ def absolute_uri(tracking_uri: str) -> str:
 
 def _is_file(tracking_uri: str) -> bool:
     return tracking_uri.startswith(("sqlite", "file:")) or "://" not in tracking_uri
-
-
-def may_pass(error: Exception) -> bool:
-    """Whether what a store raised says nothing but that it cannot be asked now."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        error = translated(error)
-    return isinstance(error, RetriableError)
-
-
-def translated(error: Exception) -> TransportError:
-    """What a store raised, as ours. Whatever is not known to be final may succeed later."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        return error_of_status(
-            error.get_http_status_code(), first_line(error), code=error.error_code
-        )
-    kind = type(error).__name__
-    if kind in ("ClientAuthenticationError", "CredentialUnavailableError"):  # of azure-core
-        return UnauthorisedError(f"{kind}: {first_line(error)}")
-    return RetriableError(f"{kind}: {first_line(error)}")

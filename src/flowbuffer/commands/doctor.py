@@ -19,7 +19,7 @@ from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.commands.servers import Server
 from flowbuffer.commands.settings import settings_said, unknown_variables, valid_settings
 from flowbuffer.commands.status import status
-from flowbuffer.credentials import without_credentials
+from flowbuffer.credentials import vouch_for, without_credentials
 from flowbuffer.delivery_client import warm_up
 from flowbuffer.errors import FlowbufferError, TransportError, UnauthorisedError
 from flowbuffer.settings import Settings
@@ -189,6 +189,7 @@ def _server(tracking_uri: str | None) -> Iterator[Check]:
         yield Check(name="server", result="fail", detail=str(error), advice="pip install mlflow")
         return
     uri = absolute_uri(tracking_uri or mlflow.get_tracking_uri())
+    vouch_for(uri)
     name = without_credentials(uri)
     missing = _missing_file(uri)
     if missing is not None:

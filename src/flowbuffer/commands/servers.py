@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from flowbuffer.credentials import without_credentials
-from flowbuffer.delivery_client import delivery_client
+from flowbuffer.delivery_client import delivery_client, store_of
 from flowbuffer.errors import TransportError
-from flowbuffer.transport import absolute_uri, translated
+from flowbuffer.translation import translated
+from flowbuffer.transport import absolute_uri
 
 T = TypeVar("T")
 
@@ -46,4 +47,4 @@ class Server:
         except TransportError:
             raise
         except Exception as error:
-            raise translated(error) from error
+            raise translated(error, store_of(self._client)) from error

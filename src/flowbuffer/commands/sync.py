@@ -14,7 +14,7 @@ from flowbuffer.collector import Collector
 from flowbuffer.commands.runs import Runs, end_run
 from flowbuffer.commands.servers import Server
 from flowbuffer.commands.targets import Target
-from flowbuffer.credentials import without_credentials
+from flowbuffer.credentials import vouch_for, without_credentials
 from flowbuffer.destinations import Destination
 from flowbuffer.errors import FlowbufferError, RejectedError, RunGoneError, TransportError
 from flowbuffer.retry import RetryPolicy
@@ -146,6 +146,8 @@ class _Sync:
         self._spool = spool
         self._settings = settings
         self._uri = None if tracking_uri is None else absolute_uri(tracking_uri)
+        if self._uri is not None:
+            vouch_for(self._uri)
         self._collector = Collector(
             spool, settings, SYSTEM_CLOCK, destinations=self._destination, living=True
         )

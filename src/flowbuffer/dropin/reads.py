@@ -11,7 +11,6 @@ from flowbuffer.active_run import current_uri, settled_uri
 from flowbuffer.dropin.calls import Original
 from flowbuffer.dropin.runs import experiment_of, forget_run, models_were_logged
 from flowbuffer.run_loggers import flush_all, flush_run, flush_server
-from flowbuffer.single_requests import is_delivering
 
 _here = threading.local()
 
@@ -100,7 +99,7 @@ def request(original: Original) -> Original:
     process logged, too."""
 
     def request(session: Any, method: str, url: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(url, str) and _READS.search(url) and not is_delivering() and not is_reading():
+        if isinstance(url, str) and _READS.search(url) and not is_reading():
             flush_server(url)
         return original(session, method, url, *args, **kwargs)
 

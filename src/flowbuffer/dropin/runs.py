@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flowbuffer.active_run import settled_uri
-from flowbuffer.credentials import without_credentials
+from flowbuffer.credentials import vouch_for, without_credentials
 from flowbuffer.delivery_client import delivery_client
 from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolError
 from flowbuffer.handle import Handle
@@ -24,7 +24,7 @@ from flowbuffer.spool.points import (
     checked_text,
     checked_timestamp,
 )
-from flowbuffer.transport import may_pass
+from flowbuffer.translation import may_pass
 
 _log = logging.getLogger("flowbuffer")
 
@@ -279,6 +279,7 @@ def _ask(tracking_client: Any, run_id: str) -> Any:
     store = tracking_client.store
     if type(store) is RestStore:
         # MLflow's own would try for minutes where the server is down.
+        vouch_for(tracking_client.tracking_uri)
         store = delivery_client(tracking_client.tracking_uri, _LOOK_TIMEOUT_S)
     return store.get_run(run_id)
 
@@ -294,7 +295,7 @@ def _look(tracking_client: Any, uri: str, run_id: str) -> tuple[Mapping[str, str
     try:
         run = _ask(tracking_client, run_id)
     except Exception as error:
-        if may_pass(error) and not uri.startswith("file:"):
+        if may_pass(error, tracking_client.store) and not uri.startswith("file:"):
             return {}, False  # whoever delivers will find out
         raise NotBuffered from error
     if not isinstance(run, Run) or run.info.lifecycle_stage != "active":

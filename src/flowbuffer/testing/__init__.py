@@ -6,9 +6,9 @@ import math
 from collections import deque
 from collections.abc import Callable
 
+from flowbuffer.base import Accepted, Done, Request
 from flowbuffer.clock import Clock, Event
 from flowbuffer.errors import RejectedError, RetriableError, TransportError
-from flowbuffer.transport import Accepted, Done, Request
 
 
 class ManualClock(Clock):
