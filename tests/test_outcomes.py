@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flowbuffer import MetricLogger, Settings
+from flowbuffer.collector import Collector
 from flowbuffer.commands.clean import clean
 from flowbuffer.commands.rejected import retry
 from flowbuffer.errors import DeliveryError, RejectedError, WaitTimeout
@@ -100,8 +101,7 @@ def test_states_are_kept_on_a_full_disk(spool: SmallSpool, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr("flowbuffer.spool.carry.write_file", no_room)
-    with pytest.raises(OSError, match="No such file"):  # there is no room for both at once
-        spool.deliver()
+    spool.deliver()  # there is room for the states only, so the rest of it is tried again
     assert "unlucky" in said(handles[1])
     assert handles[0].exception(0) is None
     monkeypatch.undo()
@@ -205,6 +205,36 @@ def test_a_segment_behind_those_delivered(spool: SmallSpool) -> None:
     let_go(spool)
     assert handles[0].exception(0) is None
     assert "wiped" in said(handles[5])
+
+
+def test_a_folder_that_is_kept_for_what_somebody_put_there(spool: SmallSpool) -> None:
+    """A delivered folder in which another file stays is a delivered one."""
+    handles = logged(spool, [float(value) for value in range(6)])
+    (spool.directory.path / "notes.txt").touch()
+    let_go(spool)
+    assert (spool.directory.path / "notes.txt").exists()
+    assert [handle.exception(0) for handle in handles] == [None] * 6
+
+
+def test_a_damaged_segment_is_kept(spool: SmallSpool) -> None:
+    """No collector after the one that put a damaged segment aside takes its folder for a delivered
+    one."""
+    handles = logged(spool, [float(value) for value in range(6)])
+    path = spool.directory.path / "00000001.slots"
+    path.write_bytes(b"x" * 64 + path.read_bytes()[64:])
+    spool.producer.close()
+    spool.directory.lock.release()
+    settings = Settings(spool_dir=spool.spool.root, delivery="inline", linger_s=0)
+    for _ in range(3):
+        collector = Collector(
+            Spool(spool.spool.root), settings, spool.clock, lambda *_: spool.transport
+        )
+        for _ in range(5):
+            collector.step(hurry=True)
+        assert not collector.streams
+        assert path.with_suffix(".damaged").exists()
+        assert "damaged" in said(handles[5])
+        assert handles[0].exception(0) is None
 
 
 def test_points_whose_record_was_deleted(spool: SmallSpool) -> None:

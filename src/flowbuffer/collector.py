@@ -349,7 +349,8 @@ class Collector:
         others = foreign(stream.claim.path)
         if others:
             _log.warning("%s is kept: %s is not flowbuffer's", stream.claim.path, others[0])
-        if others or stream.reader.problems or dead_letters.are_in(stream.claim.path):
+        kept = stream.reader.problems or stream.reader.has_lost
+        if others or kept or dead_letters.are_in(stream.claim.path):
             self._left.add(stream.claim.path)
             stream.reader.note_done()
             stream.claim.release()

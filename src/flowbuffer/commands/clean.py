@@ -120,4 +120,5 @@ def _needed(claim: Claim, with_rejected: bool) -> tuple[str, str]:
 def _delivered_segments(folder: Path) -> int | None:
     """How many segments it had, if all points in them are delivered."""
     found = tally(folder)
-    return found.last + 1 if found and found.total == found.delivered else None
+    whole = found is not None and found.is_whole and found.total == found.delivered
+    return found.last + 1 if found is not None and whole else None

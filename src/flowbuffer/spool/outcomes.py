@@ -79,11 +79,12 @@ def segment_outcome(segment: Path) -> Outcome:
         return Outcome.REJECTED
     if number < _first_segment(folder):
         return Outcome.DELIVERED
-    if is_there(folder):
+    recorded = _recorded(folder, number)
+    if recorded is None and is_there(folder):
         reused = ("carry", segment.with_suffix(".states").name)  # see write_in_room_of
         being_retired = any(is_there(folder / f".{name}.reused") for name in reused)
         return Outcome.PENDING if being_retired else Outcome.UNKNOWN
-    return folder_outcome(folder, number)
+    return recorded or folder_outcome(folder, number)
 
 
 def folder_outcome(folder: Path, number: int = 0) -> Outcome:
@@ -101,14 +102,22 @@ def folder_outcome(folder: Path, number: int = 0) -> Outcome:
     for _ in range(2):
         if is_there(folder):
             return Outcome.PENDING
-        delivered = removed.find(folder)
-        if delivered is not None:
-            if delivered < 0:
-                return Outcome.REJECTED
-            return Outcome.DELIVERED if number < delivered else Outcome.UNKNOWN
+        recorded = _recorded(folder, number)
+        if recorded is not None:
+            return recorded
         if is_there(folder.with_name(f".{folder.name}")):
             return Outcome.PENDING  # it is being removed
     return Outcome.UNKNOWN
+
+
+def _recorded(folder: Path, number: int) -> Outcome | None:
+    """What is recorded of a segment of a folder that was removed; None if it was not."""
+    delivered = removed.find(folder)
+    if delivered is None:
+        return None
+    if delivered < 0:
+        return Outcome.REJECTED
+    return Outcome.DELIVERED if number < delivered else Outcome.UNKNOWN
 
 
 def reasons(segment: Path, offsets: Sequence[int], outcomes: Sequence[Outcome]) -> list[str]:

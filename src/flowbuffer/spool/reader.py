@@ -26,7 +26,7 @@ from flowbuffer.spool.key_table import KeyTable
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, REJECTED
 from flowbuffer.spool.open_segment import OpenSegment
 from flowbuffer.spool.outcomes import Outcome, is_there, keep_states, segment_outcome
-from flowbuffer.spool.states import points_in, segment_numbers
+from flowbuffer.spool.states import names_in, points_in, segment_numbers
 
 
 class Reader:
@@ -181,7 +181,16 @@ class Reader:
     def delivered_segments(self) -> int | None:
         """Of a settled folder, how many segments it had, if all points are delivered; None if some
         are not."""
-        return None if self.rejected or self.problems else self._next
+        return None if self.rejected or self.problems or self.has_lost else self._next
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether a segment was ever found damaged, and is kept, or was found missing.
+
+        Raises:
+            OSError: That is not known now.
+        """
+        return bool(names_in(self.folder, (".damaged", ".lost")))
 
     def bury(self, letter: DeadLetter) -> None:
         """Keep a point that was given out as a dead letter; it is rejected then.

@@ -142,7 +142,7 @@ def segment_numbers(folder: Path) -> list[int]:
     return sorted(int(n[:-6]) for n in names_in(folder, ".slots") if n[:-6].isdecimal())
 
 
-def names_in(folder: Path, end: str) -> list[str]:
+def names_in(folder: Path, end: str | tuple[str, ...]) -> list[str]:
     """The names in a folder that end so; none if it is gone.
 
     Raises:
