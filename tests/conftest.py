@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from flowbuffer import notices
 from support.backends import (
     FOREIGN_SETTINGS,
     MlflowServer,
@@ -52,6 +53,7 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         "FLOWBUFFER_DELIVERY", "thread"
     )  # a collector process takes seconds to start
     monkeypatch.chdir(tmp_path)
+    notices._outages.clear()  # tests share ids of runs
     yield
     end_collector(tmp_path / "spool")
     if mlflow := sys.modules.get("mlflow"):

@@ -14,13 +14,18 @@ import pytest
 import flowbuffer
 from flowbuffer import (
     DeliveryError,
+    FlowbufferError,
     Handle,
     InvalidArgument,
     InvalidPoint,
     MetricLogger,
     SettingError,
     Settings,
+    SpoolFull,
+    WaitTimeout,
+    active_run,
 )
+from flowbuffer.notices import tell_outage
 from support.backends import client, history, make_run
 
 # Who logs, to what.
@@ -167,3 +172,97 @@ def test_what_is_no_timeout(tmp_path: Path, timeout: Any) -> None:
             wait(timeout)
     assert not logger.closed
     logger.close(np.float32(0))  # type: ignore[arg-type]
+
+
+# What is told.
+
+
+def test_a_handle_says_what_it_is_about(tmp_path: Path) -> None:
+    """A handle, and a wait that is in vain, name keys, steps and the run, and no byte of a file."""
+    logger = MetricLogger("run 7", spool_dir=tmp_path / "spool", offline=False, linger_s=3600)
+    one = logger.log_metric("loss", 1.0, 3)
+    many = logger.log_metrics({f"k{number}": 0.0 for number in range(5)}, 4)
+    series = logger.log_series("lr", np.zeros(1500))
+    parameter = logger.log_param("depth", 3)
+    assert repr(one) == "<Handle of 'loss' at step 3 of run run 7>"
+    assert repr(many) == (
+        "<Handle of 5 points of run run 7: 'k0' at step 4, 'k1' at step 4, 'k2' at step 4, ...>"
+    )
+    assert repr(series) == "<Handle of 1,500 points of 'lr' of run run 7>"
+    assert repr(parameter) == "<Handle of the parameter 'depth' of run run 7>"
+    with pytest.raises(WaitTimeout, match=r"not delivered within 0 s: 'loss' at step 3 of run"):
+        one.wait(0)
+    logger.close(0)
+    for path in (tmp_path / "spool").glob("*/*/*"):
+        path.unlink()
+    assert repr(one) == "<Handle of a point of run run 7>"
+    assert repr(many) == "<Handle of 5 points of run run 7>"
+    assert repr(Handle((None, "it was dropped"))) == "<Handle of points that were not stored>"
+
+
+def test_what_is_dropped_is_told_when_it_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P6: with when_full="drop_newest" the first drop is told, once, with what helps; a full spool
+    that raises says the same."""
+    full = {"spool_dir": tmp_path / "spool", "offline": True, "max_spool_bytes": 1 << 20}
+    with MetricLogger("run", **full, when_full="drop_newest") as logger:
+        while not logger.stats().dropped:
+            logger.log_series("k", np.zeros(10_000))
+        logger.log_series("k", np.zeros(10_000))
+    assert caplog.text.count("points are dropped (when_full='drop_newest')") == 1
+    assert "flowbuffer status" in caplog.text
+    logger = MetricLogger("run", **full, when_full="raise")
+    with pytest.raises(SpoolFull, match=r"flowbuffer status, or raise max_spool_bytes"):
+        logger.log_metric("k", 1.0)
+    logger.close()
+
+
+def test_an_outage_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever finds out that delivery of a run is held up, or goes on, it is told once, in one
+    wording."""
+    for _ in range(2):
+        tell_outage("a", "")
+        tell_outage("a", "503")
+        tell_outage("a", "no connection")
+        tell_outage("b", "503")
+        tell_outage("a", "")
+    said = [record.getMessage() for record in caplog.records]
+    held_up = "delivery is held up, and the points are safe in the spool: 503"
+    assert said == [
+        f"run a: {held_up}",
+        f"run b: {held_up}",
+        "run a: delivery goes on",
+        f"run a: {held_up}",
+        "run a: delivery goes on",
+    ]
+
+
+@pytest.mark.parametrize("way", ["logger", "function"])
+def test_a_server_that_is_down_is_told_soon(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Where a run has to be started and the server does not answer, that is an error after seconds
+    and not after minutes, which says what helps."""
+    monkeypatch.setattr(active_run, "_ANSWER_S", 0.2)
+    mlflow.set_tracking_uri("http://user:hushhush@127.0.0.1:1")
+    with pytest.raises(FlowbufferError, match="FLOWBUFFER_OFFLINE=1") as caught:
+        MetricLogger() if way == "logger" else flowbuffer.log_metric("k", 1.0)
+    assert str(caught.value).startswith("no run can be started: http://127.0.0.1:1 did not answer")
+    assert "hushhush" not in str(caught.value)
+
+
+def test_the_last_line_of_a_run_that_is_gone_is_true(
+    sqlite_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """P7: nobody is told that a collector goes on where the run is gone: the last line names the
+    server, and what helps."""
+    run_id = make_run(sqlite_uri)
+    logger = MetricLogger(run_id, tracking_uri=sqlite_uri)
+    logger.log_metric("k", 1.0).wait(30)
+    client(sqlite_uri).delete_run(run_id)
+    logger.log_metric("k", 2.0)
+    logger.close(30)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"1 point of run {run_id} cannot be delivered to {sqlite_uri}" in last
+    assert f"restore it on {sqlite_uri}" in last
+    assert f"flowbuffer clean --pending {run_id[:8]}" in last
+    assert "goes on" not in last

@@ -7,14 +7,20 @@ import sys
 import uuid
 from typing import Any
 
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.credentials import without_credentials
+from flowbuffer.delivery_client import delivery_client
 from flowbuffer.environment import (
     environment_experiment,
     environment_run_id,
     environment_tracking_uri,
 )
-from flowbuffer.errors import InvalidArgument, described
+from flowbuffer.errors import FlowbufferError, InvalidArgument, RetriableError, described
 from flowbuffer.experiments import find_or_create
 from flowbuffer.transport import absolute_uri
+
+#: How long a server may take to answer before a run is started, in s.
+_ANSWER_S = 10.0
 
 _tracking: Any = None  # mlflow.tracking._tracking_service.utils
 _default_uris: dict[str, str] = {}  # by working directory
@@ -78,6 +84,33 @@ def _engines() -> Any:
     return {}
 
 
+def check_server(tracking_uri: str) -> None:
+    """Ask a server before a run is started: where it does not answer, MLflow's own client tries for
+    minutes without a word.
+
+    Raises:
+        FlowbufferError: It did not answer in time.
+    """
+    if not tracking_uri.startswith(("http://", "https://")):
+        return
+    client = delivery_client(tracking_uri, _ANSWER_S / 2)
+    deadline_s = SYSTEM_CLOCK.monotonic_s() + _ANSWER_S
+    while True:
+        try:
+            client.search_experiments(max_results=1)
+            return
+        except RetriableError as error:
+            if SYSTEM_CLOCK.monotonic_s() >= deadline_s:
+                raise FlowbufferError(
+                    f"no run can be started: {without_credentials(tracking_uri)} did not answer "
+                    f"for {_ANSWER_S:g} s ({error.reason}). Start the server, set "
+                    "MLFLOW_TRACKING_URI, or log without one: FLOWBUFFER_OFFLINE=1"
+                ) from None
+        except Exception:
+            return  # MLflow will say what is wrong
+        SYSTEM_CLOCK.sleep(0.5)
+
+
 def run_id_of(run: object) -> str | None:
     """The id of what was given as a run: its id, MLflow's ``Run``, or None.
 
@@ -109,6 +142,9 @@ def find_run(
         start: Start one if there is none; else it gets an id that no server knows.
         experiment: The name of the experiment of a run that is started.
         name: The name of a run that is started.
+
+    Raises:
+        FlowbufferError: A run is to be started, and the server does not answer.
     """
     import mlflow
 
@@ -122,6 +158,7 @@ def find_run(
         return named, False
     if not start:
         return uuid.uuid4().hex, False
+    check_server(tracking_uri or mlflow.get_tracking_uri())
     client = mlflow.MlflowClient(tracking_uri)
     experiment_id = None if experiment is None else find_or_create(client, experiment)
     if tracking_uri is None:

@@ -8,11 +8,12 @@ import os
 import sys
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote
 
 from flowbuffer.collector_thread import CollectorThread
 from flowbuffer.credentials import vouch_for
 from flowbuffer.handover import interpreter
-from flowbuffer.notices import warn_once
+from flowbuffer.notices import tell_outage, warn_once
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.states import delivery_note, park, parked_reason
@@ -117,7 +118,6 @@ class DeliveryByProcess(DeliveryHere):
 
     def __init__(self, settings: Settings, tracking_uri: str) -> None:
         super().__init__(settings, tracking_uri)
-        self._told = False
         self.goes_on = (
             f"the collector process goes on for up to {settings.drain_timeout_s:g} s, or "
         )
@@ -131,11 +131,7 @@ class DeliveryByProcess(DeliveryHere):
         assert self._folder is not None
         for text in delivery_note(self._folder).get("warnings", ()):
             warn_once(text)
-        error = last_error(self._folder)
-        if bool(error) != self._told:
-            self._told = bool(error)
-            said = f"is held up, and the points are safe in the spool: {error}"
-            _log.warning("delivery %s", said if error else "goes on")
+        tell_outage(unquote(self._folder.parent.name), last_error(self._folder))
 
     def is_idle(self) -> bool:
         return True

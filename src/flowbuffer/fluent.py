@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from flowbuffer.active_run import current_uri
+from flowbuffer.active_run import check_server, current_uri
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.handle import Handle
 from flowbuffer.logger import MetricLogger, starts_runs
@@ -115,5 +115,6 @@ def _active_logger() -> MetricLogger:
 
     run = mlflow.active_run()
     if run is None and starts_runs(run_settings()):
+        check_server(current_uri())
         run = mlflow.start_run()
     return logger_of(current_uri(), None if run is None else run.info.run_id)

@@ -7,6 +7,7 @@ from typing import Any
 
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.errors import DeliveryError, WaitTimeout
+from flowbuffer.spool.naming import named
 from flowbuffer.spool.outcomes import Outcome, reasons, slot_outcomes
 from flowbuffer.spool.places import Segment
 from flowbuffer.spool.states import parked_reason, want
@@ -60,7 +61,10 @@ class Handle(tuple[Any, ...]):
             if deadline_s is not None:
                 left_s = deadline_s - clock.monotonic_s()
                 if left_s <= 0:
-                    raise WaitTimeout(f"{self!r} was not delivered within {timeout:g} s")
+                    raise WaitTimeout(
+                        f"not delivered within {timeout:g} s: {named(self)}; it is safe, and goes "
+                        "on its way"
+                    )
                 pause_s = min(pause_s, left_s)
             clock.sleep(pause_s)
         raise AssertionError("pauses do not end")
@@ -84,9 +88,7 @@ class Handle(tuple[Any, ...]):
         return [*own, *(name for name in object.__dir__(self) if name.startswith("__"))]
 
     def __repr__(self) -> str:
-        if len(self) == 2 and isinstance(self[0], Segment):
-            return f"<Handle of the point at byte {self[1]} of {self[0].path}>"
-        return f"<Handle of {len(self) // 2} slots>"
+        return f"<Handle of {named(self)}>"
 
     def _pauses(self) -> Iterator[float]:
         """Seconds between looks, growing; before the first pause delivery is told to hurry."""

@@ -8,6 +8,7 @@ from typing import Any
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.delivery import Delivery, last_error
 from flowbuffer.report import Report
+from flowbuffer.spool.info import OFFLINE
 from flowbuffer.spool.outcomes import is_there
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import (
@@ -18,6 +19,7 @@ from flowbuffer.spool.states import (
     parked_reason,
     tally_since,
 )
+from flowbuffer.words import counted, gone
 
 
 class Ledger:
@@ -85,26 +87,36 @@ class Ledger:
         root = self._delivery.spool.root
         words = []
         if report.pending and waited:
-            error = last_error(self._folder)
-            words.append(
-                f"{report.pending} points of run {run_id} are not delivered yet"
-                + (f" ({error})" if error else "")
-                + f". They are safe in {root}; {self._delivery.goes_on}deliver them with: "
-                f"flowbuffer sync --spool {root}"
-            )
+            words.append(self._left(report.pending))
         if report.unknown:
             words.append(
-                f"run {run_id}: nobody knows what became of {report.unknown} points: what held "
+                f"run {run_id}: nobody knows what became of {counted(report.unknown)}: what held "
                 f"them was wiped from {root}, or is damaged"
             )
         if report.rejected or any(report.dropped.values()):
             dropped = ", ".join(f"{count} dropped ({why})" for why, count in report.dropped.items())
             words.append(
-                f"run {run_id}: {report.rejected} points rejected"
+                f"run {run_id}: {counted(report.rejected)} rejected"
                 + (f", {dropped}" if dropped else "")
                 + (f"; see: flowbuffer rejected --spool {root}" if report.rejected else "")
             )
         return words
+
+    def _left(self, pending: int) -> str:
+        """What is left, why, and what helps."""
+        info, root = self._producer.directory.info, self._delivery.spool.root
+        error, points = last_error(self._folder), counted(pending)
+        if parked_reason(self._folder) is not None and info.delivery != OFFLINE:
+            return (
+                f"{points} of run {info.run_id} cannot be delivered to {info.tracking_uri} "
+                f"({error}). They are kept in {root}: {gone(info.run_id, info.tracking_uri)}"
+            )
+        return (
+            f"{points} of run {info.run_id} {'is' if pending == 1 else 'are'} not delivered yet"
+            + (f" ({error})" if error else "")
+            + f". They are safe in {root}; {self._delivery.goes_on}deliver them with: "
+            f"flowbuffer sync --spool {root}"
+        )
 
 
 def is_over(folder: Path) -> bool:

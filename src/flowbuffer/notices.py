@@ -36,6 +36,30 @@ def _write_past_the_buffer(text: str) -> bool:
     return True
 
 
+_outages: set[str] = set()
+
+
+def tell_outage(run_id: str, reason: str) -> None:
+    """Warn when delivery of a run begins to be held up, and when it goes on; each once, whoever
+    finds it.
+
+    Args:
+        run_id: The run.
+        reason: What holds it up; empty if nothing does.
+    """
+    if bool(reason) == (run_id in _outages):
+        return
+    log = logging.getLogger("flowbuffer")
+    if reason:
+        _outages.add(run_id)
+        log.warning(
+            "run %s: delivery is held up, and the points are safe in the spool: %s", run_id, reason
+        )
+    else:
+        _outages.discard(run_id)
+        log.warning("run %s: delivery goes on", run_id)
+
+
 def warn_once(text: str) -> None:
     """Warn of something that is not wrong yet; once in this process, whoever finds it."""
     if text not in _warned:

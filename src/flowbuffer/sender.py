@@ -32,6 +32,7 @@ from flowbuffer.errors import (
     is_passing,
 )
 from flowbuffer.intake import WINDOW_POINTS, Intake
+from flowbuffer.notices import tell_outage
 from flowbuffer.ordering import Rows
 from flowbuffer.rejections import Rejections
 from flowbuffer.retry import RetryPolicy
@@ -104,7 +105,6 @@ class Sender:
         self._rejections = Rejections(run_id, clock)
         self._intake = Intake(run_id, self._rejections, window_points or WINDOW_POINTS)
         self._stored_requests = 0
-        self._held_up: type[TransportError] | None = None  # what was told last
         self._not_before_s = self._failed_at_s = -math.inf
 
     def add(self, reader: Reader) -> Source:
@@ -247,9 +247,8 @@ class Sender:
     def _went_well(self, batch: Batch) -> None:
         self.failure = None
         batch.attempt = 0
-        if self._held_up and not any(other.attempt for other in self._batches):
-            self._held_up = None
-            _log.warning("run %s: delivery goes on", self.run_id)
+        if not any(other.attempt for other in self._batches):
+            tell_outage(self.run_id, "")
         if self.gone:
             self._park(None)
         self._note()  # before the marks, so that whoever waits for them finds it
@@ -299,12 +298,7 @@ class Sender:
             batch.keys = set()
         if error.retry_after_s or isinstance(error, (UnauthorisedError, RunGoneError)):
             self._not_before_s = max(self._not_before_s, batch.due_s)
-        if self._held_up is not type(error):
-            self._held_up = type(error)
-            _log.warning(
-                "run %s: delivery is held up and goes on trying; the points are safe in the spool: "
-                "%s", self.run_id, error.reason,
-            )  # fmt: skip
+        tell_outage(self.run_id, error.reason)
         self.failure = error
         if isinstance(error, RunGoneError):
             self._note()  # before the folder is parked, so that whoever stops waiting finds it

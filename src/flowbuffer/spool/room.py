@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 
 from flowbuffer.clock import Clock
 from flowbuffer.errors import SpoolFull
+from flowbuffer.notices import warn_once
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool
 
@@ -66,7 +67,9 @@ class Room:
             if size > room:
                 raise SpoolFull(
                     f"the spool {self._spool.root} is full: max_spool_bytes is "
-                    f"{self._settings.max_spool_bytes}, and what it holds is not delivered yet"
+                    f"{self._settings.max_spool_bytes}, and what it holds is not delivered yet; "
+                    "see what holds it up with: flowbuffer status, or raise max_spool_bytes "
+                    "(FLOWBUFFER_MAX_SPOOL_BYTES)"
                 )
             self._allowance_bytes = min(room, max(size, 1 << 20))
         self._allowance_bytes -= size
@@ -89,6 +92,7 @@ class Room:
                 self._full_until_s, self._full_because = now_s + 0.02, str(error)
                 self._hurry()
                 if settings.when_full == "drop_newest":
+                    warn_once(f"points are dropped (when_full='drop_newest'): {error}")
                     self._drop(points)
                     return None
                 if settings.when_full == "raise":
