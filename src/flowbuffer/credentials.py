@@ -67,7 +67,9 @@ _vouched_for: set[_Server] = set()
 #: Schemes whose server is chosen by this user's own configuration, and which have none.
 _OF_THIS_USER = ("databricks", "databricks-uc", "uc", "sqlite", "file", "")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+#: What drivers of databases, and stores that plugins bring, find in the environment.
 _DATABASE_PASSWORDS = ("PGPASSWORD", "MYSQL_PWD")
+_OF_MLFLOW = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AUTH")
 _HINT = (
     "the credentials of this environment are not for this server, and were not sent; if they are, "
     "name it: flowbuffer sync --tracking-uri {}"
@@ -110,8 +112,9 @@ def check_may_ask(tracking_uri: str) -> None:
     scheme = _scheme_of(tracking_uri)
     if scheme in _DEFAULT_PORTS or belongs(tracking_uri):
         return  # ours, and its requests go without credentials where they do not belong
-    if _DATABASE.match(tracking_uri) and not any(map(variable, _DATABASE_PASSWORDS)):
-        return  # the URI has them all, or a file has them by host
+    there = _DATABASE_PASSWORDS if _DATABASE.match(tracking_uri) else _OF_MLFLOW
+    if scheme != "azureml" and not any(map(variable, there)):
+        return  # it has none to take; those in the URI, or in a file by host, are for this one
     raise UnauthorisedError(hint(tracking_uri))
 
 
