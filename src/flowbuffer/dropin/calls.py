@@ -6,17 +6,19 @@ everything else it waits for what was logged before, and calls the original.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from flowbuffer.dropin.modes import Mode
+from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.environment import environment_place
 from flowbuffer.run_loggers import run_settings
 
 Original = Callable[..., Any]
 
-#: The attribute that tells a replacement from what others put in its place.
+#: The attribute by which a replacement says what it is.
 OURS = "flowbuffers"
 
 #: The methods of a client that log.
@@ -32,7 +34,12 @@ class Calls:
         fluent: ``mlflow.tracking.fluent``.
         client: ``mlflow.MlflowClient``.
         tracking_client: ``TrackingServiceClient``, which a client has.
+        utils: ``mlflow.tracking._tracking_service.utils``, which makes stores.
         queue: ``AsyncLoggingQueue``, which a store has.
+
+    A wrapper or a mock that somebody puts on MLflow's way from a call to the store, before or after
+    the switch is on, sees each call as with MLflow alone: calls that would pass it are not buffered
+    while it is there.
 
     Attributes:
         on: Whether the switch is on. A replacement may outlive it, taken from MLflow or put back by
@@ -40,15 +47,35 @@ class Calls:
     """
 
     on = False
+    #: The replacements of the client's methods, by name.
+    ours: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, fluent: Any, client: Any, tracking_client: Any, queue: Any) -> None:
+    def __init__(
+        self, fluent: Any, client: Any, tracking_client: Any, utils: Any, queue: Any
+    ) -> None:
         self._fluent = fluent
         self._client = client
         self._tracking_client = tracking_client
         self._queue = queue
         self._enqueue = queue.log_batch_async
-        self._stores = {name: getattr(tracking_client, name) for name in METHODS}
+        self._stores = {
+            name: getattr(tracking_client, name)
+            for name in METHODS
+            if is_as_shipped(client, name) and is_as_shipped(tracking_client, name)
+        }
+        self._clients = sys.modules[client.__module__]
+        self._get_store = utils._get_store
+        self._utils = utils
         self._silent = not run_settings().logs(environment_place().rank)
+
+    def _reaches_store(self, method: str) -> bool:
+        """Whether nothing is in the way from a client's method to the store."""
+        tracking_client = self._tracking_client
+        return (
+            getattr(tracking_client, method) is self._stores.get(method)
+            and self._clients.TrackingServiceClient is tracking_client
+            and self._utils._get_store is self._get_store
+        )
 
     def _buffers(self, mode: Mode) -> bool:
         if time.time is not _time:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowbuffer.active_run import current_uri
-from flowbuffer.dropin.calls import OURS, Calls, Original
+from flowbuffer.dropin.arguments import NotBuffered
+from flowbuffer.dropin.calls import Calls, Original
 from flowbuffer.dropin.modes import ABSENT, answer, mode_of
-from flowbuffer.dropin.runs import BufferedRun, NotBuffered, known_run
+from flowbuffer.dropin.runs import BufferedRun, known_run
 from flowbuffer.handle import Handle
 
 #: What the short way answers where it cannot be taken.
@@ -52,7 +53,7 @@ class Functions(Calls):
             return answer(mode, Handle(), otherwise)
         if self._buffers(mode) and self._is_ours(method):
             run = self._run(run_id)
-            if run is not None:
+            if run is not None and run.reaches_store(method):
                 try:
                     return answer(mode, log(run), otherwise)
                 except NotBuffered:
@@ -60,16 +61,17 @@ class Functions(Calls):
         return _LONG
 
     def _is_ours(self, method: str) -> bool:
-        """Whether nobody has put something else, like a test's mock, in the place of our method,
-        which is to be called then."""
+        """Whether nobody has put something else, like a test's mock, in the place of our method, or
+        of what it calls, which is to be called then."""
         client = self._client
         return (
             self._fluent.MlflowClient is client
-            and getattr(getattr(client, method), OURS, None) is True
-            and getattr(self._tracking_client, method) is self._stores[method]
+            and getattr(client, method) is self.ours.get(method)
+            and self._reaches_store(method)
         )
 
     def _handed_on(self, method: str, synchronous: Any) -> Any:
+        """What MLflow's own function is given: only our method knows the object for "not given"."""
         return ABSENT if synchronous is None and self._is_ours(method) else synchronous
 
     def log_metric(self, original: Original) -> Original:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import attrgetter
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from flowbuffer.active_run import settled_uri
+from flowbuffer.dropin.arguments import NotBuffered, are_certain, key_about
 from flowbuffer.dropin.calls import METHODS, Calls, Original
 from flowbuffer.dropin.modes import ABSENT, Mode, answer, mode_of, start_sized_queue
-from flowbuffer.dropin.runs import BufferedRun, NotBuffered, Point, buffered_run, known_run
+from flowbuffer.dropin.runs import BufferedRun, buffered_run, forget_run, known_run
 from flowbuffer.handle import Handle
 from flowbuffer.run_loggers import flush_run
-from flowbuffer.spool.points import MetricKey
+
+
+def _asked(synchronous: Any) -> Any:
+    """``synchronous`` as MLflow's own method takes it."""
+    return None if synchronous is ABSENT else synchronous
+
+
+class Pair(NamedTuple):
+    """A parameter."""
+
+    key: Any
+    value: Any
 
 
 class Methods(Calls):
@@ -29,34 +40,42 @@ class Methods(Calls):
         log: Callable[[BufferedRun], Handle],
         store: Callable[[Any], Any],
         otherwise: Any = None,
-        params: Iterable[tuple[str, Any]] = (),
+        params: Any = (),
     ) -> Any:
         """Buffer with ``log``; what cannot be is stored with ``store(synchronous)``."""
-        asked = None if synchronous is ABSENT else synchronous
+        asked = _asked(synchronous)
         if not self.on or type(client._tracking_client) is not self._tracking_client:
             return store(asked)  # delivery has a tracking client of its own
         mode = mode_of(synchronous)
         if self._silent:
             return answer(mode, Handle(), otherwise)
-        is_ours = getattr(self._tracking_client, method) is self._stores[method]
-        if is_ours and self._buffers(mode):
+        if self._buffers(mode) and self._reaches_store(method):
             if mode is Mode.OPERATION:
                 start_sized_queue(client._tracking_client.store)
             try:
-                handle = log(buffered_run(client._tracking_client, run_id))
-                return answer(mode, handle, otherwise)
+                run = buffered_run(client._tracking_client, run_id)
+                if run.reaches_store(method):
+                    return answer(mode, log(run), otherwise)
             except NotBuffered:
                 pass
         flush_run(run_id)
         stored = store(asked)
-        known = known_run(settled_uri(client._tracking_client.tracking_uri), run_id)
-        if mode is Mode.STORES and known is not None:
-            known.remember_params({key: str(value) for key, value in params})
+        if mode is not Mode.OPERATION and isinstance(run_id, str):
+            self._remember(client._tracking_client.tracking_uri, run_id, params)
         return stored
+
+    def _remember(self, uri: str, run_id: str, params: Any) -> None:
+        """MLflow itself has stored these parameters."""
+        if not are_certain(params):
+            forget_run(run_id)  # nobody knows any more what they were
+        elif params:
+            known = known_run(settled_uri(uri), run_id)
+            if known is not None:
+                known.remember_params(params)
 
     def _key(self, key: Any, model_id: Any, name: Any, digest: Any) -> Any:
         """What a metric is logged under; it is about the active model if about no other one."""
-        return _key(key, model_id or self._fluent.get_active_model_id(), name, digest)
+        return key_about(key, model_id or self._fluent.get_active_model_id(), name, digest)
 
     def log_metric(self, original: Original) -> Original:
         """``MlflowClient.log_metric``."""
@@ -112,7 +131,7 @@ class Methods(Calls):
                 lambda run: run.log_params({key: value}),
                 lambda synchronous: original(client, run_id, key, value, synchronous),
                 value,
-                [(key, value)],
+                [Pair(key, value)],
             )
 
         return log_param
@@ -145,36 +164,21 @@ class Methods(Calls):
             tags: Sequence[Any] = (),
             synchronous: bool | None = None,
         ) -> Any:
-            if not (metrics or params or tags):
-                return None
-
             def store(synchronous: Any) -> Any:
                 return original(client, run_id, metrics, params, tags, synchronous)
 
+            if are_certain(metrics, params, tags) and not (metrics or params or tags):
+                return store(_asked(synchronous))
             return self._call(
                 client,
                 "log_batch",
                 run_id,
                 synchronous,
-                lambda run: run.log_batch(self._points(metrics), params, tags),
+                lambda run: run.log_batch(
+                    metrics, params, tags, self._fluent.get_active_model_id()
+                ),
                 store,
-                params=[(param.key, param.value) for param in params],
+                params=params,
             )
 
         return log_batch
-
-    def _points(self, metrics: Iterable[Any]) -> Iterator[Point]:
-        active_model_id = self._fluent.get_active_model_id()
-        for key, value, step, timestamp, model_id, name, digest in map(_fields, metrics):
-            if timestamp is None:
-                raise NotBuffered  # MLflow refuses that
-            yield _key(key, model_id or active_model_id, name, digest), value, step, timestamp
-
-
-_fields = attrgetter(
-    "key", "value", "step", "timestamp", "model_id", "dataset_name", "dataset_digest"
-)
-
-
-def _key(key: Any, *about: Any) -> Any:
-    return MetricKey(key, *(text or "" for text in about)) if any(about) else key

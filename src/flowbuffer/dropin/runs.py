@@ -5,38 +5,40 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowbuffer.active_run import settled_uri
 from flowbuffer.credentials import vouch_for, without_credentials
 from flowbuffer.delivery_client import delivery_client
+from flowbuffer.dropin.arguments import (
+    NotBuffered,
+    Point,
+    are_certain,
+    exact_integer,
+    exact_key,
+    exact_text,
+    exact_texts,
+    exact_time,
+    exact_value,
+    key_about,
+    looks,
+    metric_fields,
+)
+from flowbuffer.dropin.calls import METHODS
+from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolError
 from flowbuffer.handle import Handle
 from flowbuffer.logger import MetricLogger
 from flowbuffer.notices import tell
 from flowbuffer.run_loggers import logger_of
 from flowbuffer.spool.layout import PARAM, TAG
-from flowbuffer.spool.points import (
-    MetricKey,
-    checked_key,
-    checked_step,
-    checked_text,
-    checked_timestamp,
-)
 from flowbuffer.translation import may_pass
 
 _log = logging.getLogger("flowbuffer")
 
 #: How long the one look at a run on a tracking server may take, in s.
 _LOOK_TIMEOUT_S = 5.0
-
-#: A metric as it is logged: key, value, step, timestamp.
-Point = tuple[Any, float, int, int | None]
-
-
-class NotBuffered(Exception):
-    """MLflow itself has to take the call: it may refuse it, or flowbuffer cannot keep it."""
 
 
 class BufferedRun:
@@ -47,15 +49,30 @@ class BufferedRun:
 
     Args:
         logger: Of the run.
+        store: MLflow's own, in which the run is.
         params: The parameters that the run is known to have.
         has_models: Whether models were logged to the run, to which a metric may belong, too.
     """
 
-    def __init__(self, logger: MetricLogger, params: Mapping[str, str], has_models: bool) -> None:
+    def __init__(
+        self, logger: MetricLogger, store: Any, params: Mapping[str, str], has_models: bool
+    ) -> None:
         self.logger = logger
         self.has_models = has_models
+        self._store = store
+        self._functions = {
+            name: _function(store, name) for name in METHODS if is_as_shipped(type(store), name)
+        }
+        self._over_http = store_asks_a_server(store)
         self._params = dict(params)
-        self._keys: set[Any] = set()
+        self._params_lock = threading.RLock()
+        self._keys: set[str] = set()
+
+    def reaches_store(self, method: str) -> bool:
+        """Whether nobody has put something else in the place of a method of the store, which is to
+        see each call then."""
+        function = self._functions.get(method)
+        return function is not None and _function(self._store, method) is function
 
     def log_metric(self, key: Any, value: Any, step: Any, timestamp: Any) -> Handle:
         """One metric.
@@ -63,14 +80,18 @@ class BufferedRun:
         Raises:
             NotBuffered: MLflow may refuse it.
         """
-        try:
-            plain = key in self._keys
-        except TypeError as error:
-            raise NotBuffered from error
-        if not (plain and type(value) is float and type(step) is int and timestamp is None):
-            key, value, step, timestamp = self._checked((key, value, step, timestamp))
+        if not (
+            type(key) is str
+            and key in self._keys
+            and type(value) is float
+            and type(step) is int
+            and timestamp is None
+        ):
+            key, value, step, timestamp = self._point(key, value, step, timestamp)
         try:
             return Handle(self.logger._append(key, value, step, timestamp))
+        except InvalidPoint as error:
+            raise NotBuffered from error
         except FlowbufferError as error:
             if self.logger.closed:  # another thread has ended the run meanwhile
                 raise NotBuffered from error
@@ -82,8 +103,7 @@ class BufferedRun:
         Raises:
             NotBuffered: MLflow may refuse one of them; none was logged.
         """
-        step, timestamp = _checked_when(step, timestamp)
-        values = {self._checked_key(key): _as_float(value) for key, value in metrics.items()}
+        values, step, timestamp = self._values(metrics, step, timestamp)
         return self._log(lambda: self.logger._append_many(values, step, timestamp))
 
     def log_params(self, params: Mapping[Any, Any]) -> Handle:
@@ -92,8 +112,7 @@ class BufferedRun:
         Raises:
             NotBuffered: MLflow may refuse one of them; none was logged.
         """
-        new_params = self._new_params(params)
-        return self._log(lambda: self.logger._append_texts(PARAM, new_params))
+        return self._log_texts(looks(exact_texts)(PARAM, params, over_http=self._over_http))
 
     def set_tags(self, tags: Mapping[Any, Any]) -> Handle:
         """Tags.
@@ -101,36 +120,35 @@ class BufferedRun:
         Raises:
             NotBuffered: MLflow may refuse one of them; none was set.
         """
-        texts = _texts(TAG, tags)
+        texts = looks(exact_texts)(TAG, tags, over_http=self._over_http)
         return self._log(lambda: self.logger._append_texts(TAG, texts))
 
-    def log_batch(
-        self, metrics: Iterable[tuple[Any, Any, Any, Any]], params: Any, tags: Any
-    ) -> Handle:
-        """Metrics (key, value, step, timestamp), and MLflow's ``Param`` and ``RunTag`` objects.
+    def log_batch(self, metrics: Any, params: Any, tags: Any, active_model_id: Any) -> Handle:
+        """MLflow's ``Metric``, ``Param`` and ``RunTag`` objects.
 
         Raises:
             NotBuffered: MLflow may refuse one of them; none was logged.
         """
-        points = [self._checked(metric) for metric in metrics]
-        new_tags = {tag.key: tag.value for tag in tags}
-        new_params = {param.key: param.value for param in params}
-        if len(new_tags) < len(tags) or len(new_params) < len(params):
-            raise NotBuffered
-        if not all(isinstance(text, str) for text in new_tags.values()):
-            raise NotBuffered
-        new_tags = _texts(TAG, new_tags)
-        known_params = self._new_params(new_params)
+        points, new_params, new_tags = self._entities(metrics, params, tags, active_model_id)
 
         def append() -> list[Any]:
             logger = self.logger
-            places = [*logger._append_texts(PARAM, known_params)]
-            places += logger._append_texts(TAG, new_tags)
+            places = [*logger._append_texts(TAG, new_tags)] if new_tags else []
             for point in points:
                 places += logger._append(*point)
             return places
 
-        return self._log(append)
+        return self._log_texts(new_params, append)
+
+    def remember_params(self, params: Any) -> None:
+        """MLflow itself has stored these ``Param`` objects."""
+        stored = {exact_text(one.key, over_http=True): str(one.value) for one in params}
+        with self._params_lock:
+            self._params.update(stored)
+
+    def forget_lock(self) -> None:
+        """In a forked child: it may be held by a thread that is not there."""
+        self._params_lock = threading.RLock()
 
     def _log(self, append: Callable[[], Sequence[Any]]) -> Handle:
         try:
@@ -140,50 +158,84 @@ class BufferedRun:
                 raise NotBuffered from error
             raise
 
-    def remember_params(self, params: Mapping[str, str]) -> None:
-        """MLflow itself has stored these."""
-        self._params.update(params)
+    def _log_texts(
+        self, params: Mapping[str, str], append_more: Callable[[], Sequence[Any]] = tuple
+    ) -> Handle:
+        """Parameters, and more.
 
-    def _checked(self, metric: tuple[Any, Any, Any, Any]) -> Point:
-        key, value, step, timestamp = metric
-        return self._checked_key(key), _as_float(value), *_checked_when(step, timestamp)
+        Of two threads with two values for one key, one logs it and the other one is refused. A
+        parameter is known only once it is logged: a call that is interrupted leaves none that is
+        passed over for ever after.
+        """
+        with self._params_lock:
+            known = self._params
+            if any(known.get(key, text) != text for key, text in params.items()):
+                raise NotBuffered
+            new = {key: text for key, text in params.items() if key not in known}
 
-    def _checked_key(self, key: Any) -> Any:
-        try:
-            if key not in self._keys:
-                if isinstance(key, MetricKey):
-                    key.stored(checked_key(key.key))
-                else:
-                    checked_key(key)
+            def append() -> list[Any]:
+                places = [*self.logger._append_texts(PARAM, new)] if new else []
+                known.update(new)
+                return [*places, *append_more()]
+
+            return self._log(append)
+
+    @looks
+    def _point(self, key: Any, value: Any, step: Any, timestamp: Any) -> Point:
+        return self._key(key), exact_value(value), exact_integer(step), exact_time(timestamp)
+
+    @looks
+    def _values(
+        self, metrics: Mapping[Any, Any], step: Any, timestamp: Any
+    ) -> tuple[dict[Any, float], int, int | None]:
+        if not isinstance(metrics, Mapping):
+            raise NotBuffered  # it may give its items once only
+        values = {self._key(key): exact_value(value) for key, value in metrics.items()}
+        return values, exact_integer(step), exact_time(timestamp)
+
+    @looks
+    def _entities(
+        self, metrics: Any, params: Any, tags: Any, active_model_id: Any
+    ) -> tuple[list[Point], dict[str, str], dict[str, str]]:
+        if not are_certain(metrics, params, tags):
+            raise NotBuffered
+        points: list[Point] = []
+        for key, value, step, timestamp, model_id, *dataset in map(metric_fields, metrics):
+            if timestamp is None:
+                raise NotBuffered  # MLflow refuses that
+            about = key_about(key, model_id or active_model_id, *dataset)
+            points.append(self._point(about, value, step, timestamp))
+        new_params = {param.key: param.value for param in params}
+        new_tags = {tag.key: exact_text(tag.value, over_http=True) for tag in tags}
+        if len(new_tags) < len(tags) or len(new_params) < len(params):
+            raise NotBuffered
+        return (
+            points,
+            exact_texts(PARAM, new_params, over_http=self._over_http),
+            exact_texts(TAG, new_tags, over_http=self._over_http),
+        )
+
+    def _key(self, key: Any) -> Any:
+        if type(key) is not str or key not in self._keys:
+            key = exact_key(key, over_http=self._over_http)
+            if type(key) is str:
                 self._keys.add(key)
-        except (InvalidPoint, TypeError) as error:
-            raise NotBuffered from error
         return key
 
-    def _new_params(self, params: Mapping[Any, Any]) -> dict[str, str]:
-        """Those that the run is not known to have."""
-        texts = _texts(PARAM, params)
-        known = self._params
-        if any(known.get(key, text) != text for key, text in texts.items()):
-            raise NotBuffered
-        new = {key: text for key, text in texts.items() if key not in known}
-        # Of two threads with two values for one key, one logs it and the other one is refused.
-        if any(known.setdefault(key, text) != text for key, text in new.items()):
-            raise NotBuffered
-        return new
+
+def _function(store: Any, method: str) -> Any:
+    return getattr(getattr(store, method, None), "__func__", None)
 
 
-def _texts(kind: int, given: Mapping[Any, Any]) -> dict[str, str]:
-    try:
-        if kind == TAG and any(str(key).startswith("mlflow.") for key in given):
-            raise NotBuffered  # MLflow's own: it also reads them where nobody can wait for ours
-        return {checked_key(key): checked_text(kind, key, value) for key, value in given.items()}
-    except InvalidPoint as error:
-        raise NotBuffered from error
+def store_asks_a_server(store: Any) -> bool:
+    """Whether it is MLflow's for tracking servers."""
+    from mlflow.store.tracking.rest_store import RestStore
+
+    return isinstance(store, RestStore)
 
 
 _runs: dict[tuple[str, str], BufferedRun] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
 _experiments: dict[str, str] = {}  # by run; it never changes
 _MOST_EXPERIMENTS = 10_000
 _told: set[str] = set()  # why nothing can be spooled
@@ -211,12 +263,14 @@ def buffered_run(tracking_client: Any, run_id: Any) -> BufferedRun:
     """
     if not isinstance(run_id, str):
         raise NotBuffered
+    run_id = str.__str__(run_id)
     uri = settled_uri(tracking_client.tracking_uri)
     known = known_run(uri, run_id)
     if known is not None:
         return known
     if _has_workspace() or not _is_one_place(uri):
         raise NotBuffered
+    store = tracking_client.store
     params, has_models = _look(tracking_client, uri, run_id)
     try:
         logger = logger_of(uri, run_id)
@@ -229,7 +283,7 @@ def buffered_run(tracking_client: Any, run_id: Any) -> BufferedRun:
     with _lock:
         for key in [key for key, run in _runs.items() if run.logger.closed]:
             del _runs[key]
-        return _runs.setdefault((uri, run_id), BufferedRun(logger, params, has_models))
+        return _runs.setdefault((uri, run_id), BufferedRun(logger, store, params, has_models))
 
 
 def _say_start(logger: MetricLogger, uri: str) -> None:
@@ -322,33 +376,11 @@ def _has_workspace() -> bool:
     return get_request_workspace() is not None
 
 
-def _checked_when(step: Any, timestamp: Any) -> tuple[int, int | None]:
-    try:
-        return checked_step(step), None if timestamp is None else checked_timestamp(timestamp)
-    except InvalidPoint as error:
-        raise NotBuffered from error
-
-
-def _as_float(value: Any) -> float:
-    if type(value) is float:
-        return value
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking.metric_value_conversion_utils import (
-        convert_metric_value_to_float_if_possible,
-    )
-
-    try:
-        number = convert_metric_value_to_float_if_possible(value)
-    except (MlflowException, TypeError, OverflowError) as error:
-        raise NotBuffered from error
-    if type(number) is not float:
-        raise NotBuffered
-    return number
-
-
-def _new_lock() -> None:
+def _new_locks() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
+    for run in _runs.values():
+        run.forget_lock()
 
 
-os.register_at_fork(after_in_child=_new_lock)
+os.register_at_fork(after_in_child=_new_locks)

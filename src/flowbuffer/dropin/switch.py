@@ -9,9 +9,10 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from flowbuffer.dropin.calls import OURS, Calls
+from flowbuffer.dropin.calls import METHODS, OURS, Calls
 from flowbuffer.dropin.functions import Functions
 from flowbuffer.dropin.methods import Methods
+from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.dropin.reads import Waits, flush_async_logging, request
 from flowbuffer.run_loggers import flush_at_end, use_settings
 from flowbuffer.settings import Settings
@@ -97,12 +98,13 @@ def is_enabled() -> bool:
 def _replacements() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     from mlflow.store.tracking.abstract_store import AbstractStore
     from mlflow.tracking import fluent
+    from mlflow.tracking._tracking_service import utils
     from mlflow.tracking._tracking_service.client import TrackingServiceClient
     from mlflow.tracking.client import MlflowClient
     from mlflow.utils.async_logging.async_logging_queue import AsyncLoggingQueue
     from requests import Session
 
-    known = fluent, MlflowClient, TrackingServiceClient, AsyncLoggingQueue
+    known = fluent, MlflowClient, TrackingServiceClient, utils, AsyncLoggingQueue
     makers: Any
     for owner, makers in (
         (TrackingServiceClient, Waits(TrackingServiceClient)),
@@ -110,7 +112,9 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
         (fluent, Functions(*known)),
     ):
         for name in makers.names:
-            if hasattr(owner, name):  # not every version has every method
+            # Not every version has every method; a function that somebody has replaced goes its own
+            # way, and comes to the client's methods.
+            if hasattr(owner, name) and (owner is not fluent or is_as_shipped(fluent, name)):
                 yield owner, name, getattr(makers, name)
     yield AbstractStore, "flush_async_logging", flush_async_logging
     yield Session, "request", request
@@ -120,6 +124,8 @@ def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     original = getattr(owner, name)
     replacement = wraps(original)(make(original))
     setattr(replacement, OURS, True)
+    if name in METHODS and isinstance(owner, type):
+        Calls.ours[name] = replacement
     for place in _places_of(owner):
         if vars(place).get(name) is original:
             setattr(place, name, replacement)

@@ -1,0 +1,220 @@
+"""A wrapper or a mock that somebody puts on MLflow's calls sees with the switch on what it sees
+with MLflow alone, what it does takes effect, and afterwards calls are buffered again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial, wraps
+from typing import Any
+from unittest import mock
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.tracking import fluent
+from mlflow.tracking._tracking_service import utils
+from mlflow.tracking._tracking_service.client import TrackingServiceClient
+from mlflow.utils.autologging_utils.client import MlflowAutologgingQueueingClient
+
+import flowbuffer
+from flowbuffer import run_loggers
+from flowbuffer.dropin import runs
+from support.backends import make_run
+from support.stored import rows
+
+HELD = 3600.0
+T = 1_700_000_000_000
+
+
+@pytest.fixture(autouse=True)
+def switched_off() -> Iterator[None]:
+    """No switch, logger or known run passes between tests."""
+    yield
+    flowbuffer.disable()
+    for logger in run_loggers.all_loggers():
+        logger.close(0)
+    run_loggers._loggers.clear()
+    runs._runs.clear()
+
+
+def log_all(run_id: str) -> None:
+    """Each kind of call once."""
+    own = MlflowClient()
+    mlflow.log_metric("a", 1.0, step=1)
+    mlflow.log_metrics({"b": 1.0}, step=1)
+    mlflow.log_param("p", 1)
+    mlflow.log_params({"q": 1})
+    mlflow.set_tag("t", 1)
+    mlflow.set_tags({"u": 1})
+    own.log_metric(run_id, "c", 1.0, step=1)
+    own.log_param(run_id, "r", 1)
+    own.set_tag(run_id, "v", 1)
+    own.log_batch(run_id, [Metric("d", 1.0, T, 1)])
+
+
+PLACES: dict[str, tuple[Any, str]] = {
+    f"{owner.__name__}.{name}": (owner, name)
+    for owner in (MlflowClient, TrackingServiceClient, SqlAlchemyStore)
+    for name in ("log_metric", "log_param", "set_tag", "log_batch")
+}
+
+
+def counting(owner: Any, name: str, calls: list[str]) -> Callable[..., Any]:
+    """A wrapper that looks like what it wraps."""
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(("owner", "name"), PLACES.values(), ids=PLACES)
+def test_a_wrapper_sees_each_call(sqlite_uri: str, owner: Any, name: str, before: bool) -> None:
+    """A wrapper is called as often as with MLflow alone, put there before or after the switch is
+    on; what delivery does is not shown to it. Taken away again, calls are buffered."""
+    mlflow.set_tracking_uri(sqlite_uri)
+    seen: list[list[str]] = []
+    for on in (False, True):
+        calls: list[str] = []
+        with mlflow.start_run() as run:
+            log_all(run.info.run_id)
+        with mlflow.start_run() as run:
+            if on and not before:
+                flowbuffer.enable(delivery="thread")
+                mlflow.log_metric("known", 1.0)
+            with mock.patch.object(owner, name, counting(owner, name, calls)):
+                if on and before:
+                    flowbuffer.enable(delivery="thread")
+                log_all(run.info.run_id)
+                found = len(calls)
+                if owner is not SqlAlchemyStore:
+                    mlflow.get_run(run.info.run_id)
+                    assert len(calls) == found
+        seen.append(calls[:found])
+        flowbuffer.disable()
+    assert seen[0] == seen[1]
+    assert seen[0]
+    flowbuffer.enable(linger_s=HELD)
+    before_rows = rows(sqlite_uri)
+    with mlflow.start_run() as run:
+        log_all(run.info.run_id)
+        assert rows(sqlite_uri) == before_rows
+
+
+def test_a_wrapper_that_changes_things(sqlite_uri: str) -> None:
+    """What a wrapper makes of a call is stored, and nothing else is changed by it."""
+    mlflow.set_tracking_uri(sqlite_uri)
+    real = MlflowClient.log_batch
+
+    def prefixed(self: Any, run_id: str, metrics: Any = (), *args: Any, **kwargs: Any) -> Any:
+        metrics = [Metric(f"pre/{m.key}", m.value, m.timestamp, m.step) for m in metrics]
+        return real(self, run_id, metrics, *args, **kwargs)
+
+    for on_before in (True, False):
+        if on_before:
+            flowbuffer.enable()
+        real = MlflowClient.log_batch
+        with mock.patch.object(MlflowClient, "log_batch", prefixed):
+            flowbuffer.enable()
+            with mlflow.start_run() as run:
+                mlflow.log_metrics({"a": 1.0})
+                mlflow.log_metric("b", 1.0)
+            assert set(mlflow.get_run(run.info.run_id).data.metrics) == {"pre/a", "b"}
+        flowbuffer.disable()
+
+
+MOCKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autospec": lambda: mock.patch.object(MlflowClient, "log_metric", autospec=True),
+    "the client's class": lambda: mock.patch.object(fluent, "MlflowClient", autospec=True),
+    "the service": lambda: mock.patch.object(TrackingServiceClient, "log_metric"),
+    "the service's class": lambda: mock.patch("mlflow.tracking.client.TrackingServiceClient"),
+    "the store": lambda: mock.patch.object(SqlAlchemyStore, "log_metric"),
+    "whoever makes stores": lambda: mock.patch.object(utils, "_get_store"),
+}
+
+
+@pytest.mark.parametrize("make", MOCKS.values(), ids=MOCKS)
+def test_a_mock_takes_the_call(
+    sqlite_uri: str, make: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """What a mock took is not logged; after it, calls are buffered again."""
+    mlflow.set_tracking_uri(sqlite_uri)
+    flowbuffer.enable(linger_s=HELD)
+    with mlflow.start_run() as run:
+        mlflow.log_metric("k", 1.0)
+        with make():
+            mlflow.log_metric("k", 2.0)
+        mlflow.log_metric("k", 3.0)
+        assert rows(sqlite_uri)[0] == 0 or make is MOCKS["the store"]
+        history = MlflowClient().get_metric_history(run.info.run_id, "k")
+        assert [point.value for point in history] == [1.0, 3.0]
+
+
+def test_a_store_of_ones_own(sqlite_uri: str) -> None:
+    """A method that is put on the one store, not on its class."""
+    mlflow.set_tracking_uri(sqlite_uri)
+    store = MlflowClient()._tracking_client.store
+    flowbuffer.enable(linger_s=HELD)
+    with mlflow.start_run():
+        mlflow.log_metric("k", 1.0)
+        with mock.patch.object(store, "log_metric", wraps=store.log_metric) as wrapper:
+            mlflow.log_metric("k", 2.0)
+        assert wrapper.call_count == 1
+        mlflow.log_metric("k", 3.0)
+        assert rows(sqlite_uri)[0] == 2
+
+
+def test_a_partial_that_was_taken_before(sqlite_uri: str) -> None:
+    """A partial of a method, taken before the switch was on, is MLflow's own."""
+    mlflow.set_tracking_uri(sqlite_uri)
+    run_id = make_run(sqlite_uri)
+    log = partial(MlflowClient().log_metric, run_id, "k")
+    flowbuffer.enable(linger_s=HELD)
+    MlflowClient().log_metric(run_id, "k", 2.0)
+    log(1.0)
+    flowbuffer.disable()
+    history = MlflowClient().get_metric_history(run_id, "k")
+    assert [point.value for point in history] == [2.0, 1.0]
+
+
+# What MLflow's own tests of its client for autologging do.
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_the_client_of_autologging(sqlite_uri: str, synchronous: bool) -> None:
+    """A mock on log_batch that goes on to the method that was there is called once for each batch
+    of the program."""
+    mlflow.set_tracking_uri(sqlite_uri)
+    flowbuffer.enable(delivery="thread")
+    original = MlflowClient().log_batch
+    with (
+        mock.patch.object(MlflowClient, "log_batch", side_effect=original) as batches,
+        mlflow.start_run() as run,
+    ):
+        own = MlflowAutologgingQueueingClient()
+        own.log_params(run_id=run.info.run_id, params={"a": "b"})
+        own.flush(synchronous=synchronous).await_completion()
+        assert mlflow.get_run(run.info.run_id).data.params == {"a": "b"}
+        assert batches.call_count == 1
+
+
+def test_the_client_of_autologging_fails(sqlite_uri: str) -> None:
+    """A mock that fails makes the call fail, and nothing is stored."""
+    mlflow.set_tracking_uri(sqlite_uri)
+    flowbuffer.enable(delivery="thread")
+    own = MlflowAutologgingQueueingClient()
+    pending = own.create_run(experiment_id="0")
+    own.log_metrics(run_id=pending, metrics={"a": 1})
+    own.set_terminated(run_id=pending, status="KILLED")
+    failing = mock.patch.object(MlflowClient, "log_batch", side_effect=ValueError("no"))
+    with failing, pytest.raises(mlflow.MlflowException, match="no"):
+        own.flush()
+    (run,) = mlflow.search_runs(["0"], output_format="list")
+    assert (run.info.status, run.data.metrics) == ("KILLED", {})
