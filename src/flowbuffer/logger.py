@@ -18,25 +18,15 @@ from flowbuffer import job_end
 from flowbuffer.active_run import end_run, find_run, run_id_of, settled_uri
 from flowbuffer.appends import Append, Lenience, then
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
-from flowbuffer.delivery import (
-    Delivery,
-    DeliveryByProcess,
-    DeliveryHere,
-    delivery_of,
-    last_error,
-    settings_for,
-)
+from flowbuffer.delivery import DeliveryHere, delivery_of, last_error, settings_for
 from flowbuffer.environment import environment_experiment, environment_place
 from flowbuffer.errors import FlowbufferError
-from flowbuffer.ledger import Ledger, is_over
 from flowbuffer.logging_calls import LoggingCalls
-from flowbuffer.notices import tell
-from flowbuffer.progress import Progress
 from flowbuffer.report import Report, Stats
 from flowbuffer.settings import Settings, settings_with
 from flowbuffer.spool.places import sync
 from flowbuffer.spool.producer import Producer
-from flowbuffer.spool.states import Waiting, park, parked_reason, want
+from flowbuffer.spooling import Spooling
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -49,6 +39,7 @@ _log = logging.getLogger("flowbuffer")
 _INTERNAL = {"close_at_end", "closes_with_run", "end_of_run", "flush_at_end"} | {
     "folder",
     "is_held_up",
+    "logged",
     "shows_progress",
 }
 
@@ -101,9 +92,8 @@ class MetricLogger(LoggingCalls):
         self._ended = False
         self._opening = threading.RLock()
         self._lenience = Lenience()
-        self._delivery: Delivery | None = None
-        self._producer: Producer | PassThrough | Silence | None = None
-        self._ledger: Ledger | None = None
+        self._recorder: PassThrough | Silence | None = None
+        self._spooling: Spooling | None = None
         _loggers.add(self)
         self._open()
 
@@ -115,7 +105,7 @@ class MetricLogger(LoggingCalls):
     @property
     def folder(self) -> Path | None:
         """Where its points wait for delivery; None if it spools none."""
-        return self._producer.directory.path if isinstance(self._producer, Producer) else None
+        return None if self._spooling is None else self._spooling.folder
 
     def is_held_up(self) -> bool:
         """Whether something is known to be in the way of delivery."""
@@ -150,22 +140,35 @@ class MetricLogger(LoggingCalls):
         Returns:
             The counts of this logger; ``pending`` is 0 if everything was settled in time.
         """
-        return self._flush(checked_timeout(timeout))
+        start_s = time.monotonic()
+        seconds = checked_timeout(timeout)
+        if self._spooling is not None:
+            self._spooling.flush(None if seconds is None else start_s + seconds)
+        return self._report(start_s)
 
     def stats(self) -> Stats:
         """The counts of this logger, and how delivery is doing."""
         counts = self._counts()
-        return Stats(**counts, **(self._ledger.stats() if self._ledger is not None else {}))
+        return Stats(**counts, **(self._spooling.ledger.stats() if self._spooling else {}))
 
     def close(self, timeout: float | None = None, *, failed: bool = False) -> Report:
         """Flush, then stop; the logger takes no more points. Closing again waits again.
 
+        Ctrl-C ends the wait, and every other wait of the same end: what is left stays in the spool,
+        and a run that this logger started is marked ``KILLED``.
+
         Args:
-            timeout: The most seconds to wait; None means ``shutdown_timeout_s``. What is not
-                delivered by then stays in the spool.
+            timeout: The most seconds to wait; None means ``shutdown_timeout_s`` for all waits of
+                the end of a job together. What is not delivered by then stays in the spool.
             failed: The job did not end well: a run that this logger started is marked ``FAILED``.
         """
-        return self._close(checked_timeout(timeout), "FAILED" if failed else "FINISHED")
+        seconds = checked_timeout(timeout)
+        if self._ended and not job_end.is_watched(self):
+            job_end.patience.begin()
+        shared = seconds is None
+        bound_s = self._settings.shutdown_timeout_s if seconds is None else seconds
+        deadline_s = job_end.patience.deadline_s(bound_s, shared=shared)
+        return self._close(deadline_s, "FAILED" if failed else "FINISHED")
 
     def __enter__(self) -> MetricLogger:
         return self
@@ -190,33 +193,34 @@ class MetricLogger(LoggingCalls):
 
     # For job_end.
 
-    def flush_at_end(self, timeout: float) -> None:
-        """Flush when the job's main thread has ended."""
-        if not self._left_to_others:
-            self._flush(timeout)
-
-    def end_of_run(self, timeout: float) -> None:
-        """Flush before the run is marked ended; close, if ``closes_with_run``."""
-        start_s = time.monotonic()
-        if self.closes_with_run:
-            self._close(timeout, "FINISHED")
-        else:
-            self._flush(timeout)
-        if self._delivery is not None:
-            left = self._delivery.left_by_dead(self._run_id)
-            self._wait(lambda: all(map(is_over, left)), start_s + timeout)
-
-    def close_at_end(self, timeout: float) -> None:
-        """Close at the end of the job."""
-        failed = job_end.has_failed()
-        wait = not self._left_to_others
-        self._close(timeout, "FAILED" if failed else "FINISHED", wait=wait)
-
     @property
-    def _left_to_others(self) -> bool:
-        """At the end of a child, like a data loader's worker, its parent's job goes on, and the
-        collector process with it: the child need not wait."""
-        return isinstance(self._delivery, DeliveryByProcess) and job_end.is_child()
+    def logged(self) -> int:
+        """How many points it was given."""
+        counts = self._counts()
+        return sum(counts.get(name, 0) for name in ("delivered", "rejected", "pending", "unknown"))
+
+    def flush_at_end(self) -> None:
+        """Flush when the job's main thread has ended."""
+        spooling = self._spooling
+        if spooling is not None and not spooling.is_left_to_others:
+            spooling.flush(self._deadline_s(), ends=True)
+
+    def end_of_run(self) -> None:
+        """Flush before the run is marked ended; close, if ``closes_with_run``."""
+        deadline_s, spooling = self._deadline_s(), self._spooling
+        if self.closes_with_run:
+            self._close(deadline_s, "FINISHED")
+        elif spooling is not None:
+            spooling.flush(deadline_s, ends=True)
+        if spooling is not None:
+            spooling.wait_for_dead(self._run_id, deadline_s)
+
+    def close_at_end(self, status: str) -> None:
+        """Close at the end of the job; a call that comes later opens the logger again."""
+        self._close(self._deadline_s(), status, reopens=True)
+
+    def _deadline_s(self) -> float:
+        return job_end.patience.deadline_s(self._settings.shutdown_timeout_s)
 
     # How it works.
 
@@ -232,14 +236,14 @@ class MetricLogger(LoggingCalls):
 
             self._use(PassThrough(self._run_id, self._uri, self._stored_key, SYSTEM_CLOCK))
         else:
-            self._delivery = delivery = delivery_of(settings, self._uri)
+            delivery = delivery_of(settings, self._uri)
             directory = delivery.spool.add_producer(self._this_producer())
             producer = Producer(
                 directory, delivery.spool, settings, SYSTEM_CLOCK, delivery.push, self._stored_key
             )
             delivery.begin(directory.path)
-            self._ledger = Ledger(producer, delivery)
-            self._use(producer)
+            self._use(Spooling(producer, delivery, shows_progress=self.shows_progress))
+        self._is_open = True
         job_end.watch(self)
 
     def _this_producer(self) -> Any:
@@ -261,101 +265,84 @@ class MetricLogger(LoggingCalls):
     def _stored_key(self, key: str) -> str:
         return self._settings.stored_key(key, self._place)
 
-    def _use(self, producer: Producer | PassThrough | Silence) -> None:
-        self._producer = producer
-        self._log_by(lambda name: self._wrapped(getattr(producer, name)))
+    def _use(self, recorder: Spooling | PassThrough | Silence) -> None:
+        if isinstance(recorder, Spooling):
+            self._spooling = recorder
+            producer = recorder.producer
+            self._log_by(lambda name: self._wrapped(getattr(producer, name), recorder))
+        else:
+            self._recorder = recorder
+            self._log_by(lambda name: self._wrapped(getattr(recorder, name)))
 
-    def _wrapped(self, append: Append) -> Append:
-        """The producer's method, with what seldom-used settings add to it."""
-        producer = self._producer
-        if isinstance(producer, Producer) and self._settings.durability == "power":
-            append = then(append, sync)
-        if isinstance(self._delivery, DeliveryHere) and self._settings.delivery == "inline":
-            push = self._delivery.push
-            append = then(append, lambda _: push())
+    def _wrapped(self, append: Append, spooling: Spooling | None = None) -> Append:
+        """The method that logs, with what seldom-used settings add to it."""
+        if spooling is not None:
+            if self._settings.durability == "power":
+                append = then(append, sync)
+            delivery = spooling.delivery
+            if isinstance(delivery, DeliveryHere) and self._settings.delivery == "inline":
+                append = then(append, lambda _: delivery.push())
+            if job_end.is_over():
+                append = then(append, lambda _: self._deliver_late(spooling))
         return append if self._settings.strict else self._lenience.around(append)
 
-    def _flush(self, timeout: float | None) -> Report:
-        start_s = time.monotonic()
-        producer = self._producer
-        if isinstance(producer, Producer):
-            folder = producer.directory.path
-            waiting = Waiting(folder, self._hurry_to(producer))
-            self._wait(
-                lambda: waiting.is_over() or parked_reason(folder) is not None,
-                None if timeout is None else start_s + timeout,
-            )
+    def _deliver_late(self, spooling: Spooling) -> None:
+        """Nothing of the process comes after this call that could wait, or tell what is left."""
+        spooling.flush(self._deadline_s(), ends=True)
+        spooling.say_what_is_left(self._report(time.monotonic()), waited=True)
+
+    def _report(self, start_s: float) -> Report:
         return Report(**self._counts(), seconds=time.monotonic() - start_s)
 
-    def _hurry_to(self, producer: Producer) -> tuple[int, int]:
-        """Have everything that was logged until now sent without lingering; where that ends.
-        A run that is gone may be restored by now: it is looked at again."""
-        number, offset = producer.barrier()
-        park(producer.directory.path, None)
-        want(producer.directory.path / f"{number:08d}.slots", offset)
-        return number, offset
-
-    def _close(self, timeout: float | None, status: str, *, wait: bool = True) -> Report:
-        with self._opening:
-            again, self._ended = self._ended, True
+    def _close(self, deadline_s: float, status: str, *, reopens: bool = False) -> Report:
         start_s = time.monotonic()
-        deadline_s = start_s + (self._settings.shutdown_timeout_s if timeout is None else timeout)
-        producer, delivery, ledger = self._producer, self._delivery, self._ledger
-        if isinstance(producer, Producer) and delivery is not None and ledger is not None:
-            producer.stop()
-            ledger.counts()  # while the folder is there
-            producer.close(failed=status != "FINISHED")
-            self._hurry_to(producer)
-            if wait:
-                self._wait(ledger.is_let_go, deadline_s)
-                # What dead producers left is worth waiting for while it gets somewhere.
-                self._wait(delivery.is_idle, deadline_s)
-            if not ledger.is_there():
-                producer.directory.lock.release()
-            if not again:
-                delivery.end()
-        self._log_by(lambda _: _refuse)
-        report = Report(**self._counts(), seconds=time.monotonic() - start_s)
-        if not again:
-            job_end.unwatch(self)
-            if ledger is not None:
-                for words in ledger.last_words(report, waited=wait):
-                    tell(words)
+        self._ended = self._ended or not reopens
+        spooling = self._spooling
+        self._log_by(self._refusing if self._ended else self._reopening)
+        self._is_open = False
+        wait = spooling is None or not (reopens and spooling.is_left_to_others)
+        interrupt: KeyboardInterrupt | None = None
+        if spooling is not None:
+            try:
+                spooling.stop(failed=status != "FINISHED")
+                if wait:
+                    spooling.drain(deadline_s)
+            except KeyboardInterrupt as error:
+                interrupt = error
+                job_end.patience.interrupt(error)
+                spooling.stop(failed=True)
+            spooling.leave()
+        report = self._report(start_s)
+        if job_end.is_watched(self):
+            if spooling is not None:
+                spooling.say_what_is_left(report, waited=wait)
             if self._owns_run:
-                end_run(self._run_id, self._uri, status)
+                status = job_end.true_status(status)
+                job_end.end_own_run(self._run_id, lambda: end_run(self._run_id, self._uri, status))
+            job_end.unwatch(self)
+        if interrupt is not None and not job_end.patience.final:
+            raise interrupt.with_traceback(None)
         return report
 
-    def _wait(self, until: Callable[[], bool], deadline_s: float | None) -> None:
-        delivery = self._delivery
-        assert delivery is not None
-        shown = Progress(self._counts, deadline_s, off=not self.shows_progress)
-
-        def meanwhile(waited_s: float) -> None:
-            delivery.push()
-            shown.show(waited_s)
-
-        try:
-            SYSTEM_CLOCK.wait_until(until, deadline_s, meanwhile)
-        finally:
-            shown.close()
-
     def _counts(self) -> dict[str, Any]:
-        if self._ledger is None:
-            counts: dict[str, Any] = {"delivered": getattr(self._producer, "stored", 0)}
+        if self._spooling is None:
+            counts: dict[str, Any] = {"delivered": getattr(self._recorder, "stored", 0)}
         else:
-            counts = self._ledger.counts()
+            counts = self._spooling.ledger.counts()
         if self._lenience.invalid:
             counts["dropped"] = {**counts.get("dropped", {}), "invalid": self._lenience.invalid}
         return counts
 
     # After a fork the child is another process: its first call makes it a producer of its own.
+    # So does a call after the end of the job, by an atexit handler of the program's.
 
     def _forget_after_fork(self) -> None:
         self._opening = threading.RLock()
         self._owns_run = False
-        if isinstance(self._producer, Producer):
-            self._producer.abandon()
-        self._producer = self._delivery = self._ledger = None
+        if self._spooling is not None:
+            self._spooling.producer.abandon()
+        self._recorder = self._spooling = None
+        self._is_open = False
         self._lenience = Lenience()
         if not self._ended:
             self._log_by(self._reopening)
@@ -363,11 +350,14 @@ class MetricLogger(LoggingCalls):
     def _reopening(self, name: str) -> Callable[..., Any]:
         def reopen(*args: Any) -> Any:
             with self._opening:
-                if self._producer is None:
+                if not self._is_open:
                     self._open()
             return getattr(self, f"_{name}")(*args)
 
         return reopen
+
+    def _refusing(self, _: str) -> Callable[..., Any]:
+        return _refuse
 
 
 def starts_runs(settings: Settings) -> bool:

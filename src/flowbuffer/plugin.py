@@ -6,6 +6,7 @@ unless another variable looks as if it had been meant to be the one.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import Any
@@ -23,6 +24,13 @@ def tracking_store(store_uri: str | None = None, **_: Any) -> Any:
         f"the tracking URI {store_uri!r} names no store: keep the URI of your server, and set "
         "FLOWBUFFER_ENABLED=1"
     )
+
+
+@atexit.register  # before MLflow registers anything, so that it is called after that
+def _at_the_very_end() -> None:
+    job_end = sys.modules.get("flowbuffer.job_end")
+    if job_end is not None:
+        job_end.at_the_very_end()
 
 
 class _EnableAfter:

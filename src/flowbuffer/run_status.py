@@ -1,0 +1,59 @@
+"""A run's status, told to a server that may not be there, within a bound."""
+
+from __future__ import annotations
+
+import _thread
+import queue
+from typing import Any
+
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.delivery_client import delivery_client
+from flowbuffer.notices import tell
+from flowbuffer.single_requests import first_line
+
+
+def set_status(
+    tracking_client: Any, run_id: str, status: str, end_time: int | None, bound_s: float
+) -> None:
+    """Mark a run ended by one request; tell if that did not go well.
+
+    MLflow's own client would try for minutes.
+
+    Args:
+        tracking_client: The ``TrackingServiceClient`` of whoever ends the run.
+        run_id: The run.
+        status: As MLflow names it.
+        end_time: In ms since the epoch; None is now.
+        bound_s: How long it may take, in s. In this thread, where no other can be started, that
+            holds for a server, but not for a database that is locked.
+    """
+    end_ms = end_time or SYSTEM_CLOCK.now_ns() // 1_000_000
+    results: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def update() -> None:
+        try:
+            _update(tracking_client, run_id, status, end_ms, bound_s)
+            results.put("")
+        except Exception as error:
+            results.put(first_line(error))
+
+    try:
+        # Not threading.Thread: its lock may be held by what a signal handler interrupted.
+        _thread.start_new_thread(update, ())
+    except RuntimeError:  # the interpreter is ending
+        update()
+    try:
+        failure = results.get(timeout=bound_s)
+    except queue.Empty:
+        failure = f"no answer within {bound_s:g} s"
+    if failure:
+        tell(f"run {run_id} could not be marked {status}: {failure}")
+
+
+def _update(client: Any, run_id: str, status: str, end_ms: int, bound_s: float) -> None:
+    from mlflow.entities import RunStatus
+
+    store = client.store
+    if not hasattr(store, "engine"):  # a server's, not a database
+        store = delivery_client(client.tracking_uri, bound_s)._tracking_client.store
+    store.update_run_info(run_id, RunStatus.from_string(status), end_ms, None)

@@ -1,0 +1,111 @@
+"""What a logger that spools holds, from its opening to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flowbuffer import job_end
+from flowbuffer.delivery import Delivery, DeliveryByProcess, NoDelivery
+from flowbuffer.ledger import Ledger, is_over
+from flowbuffer.notices import tell
+from flowbuffer.progress import Progress
+from flowbuffer.report import Report
+from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.states import Waiting, park, parked_reason, want
+
+
+class Spooling:
+    """A producer, who delivers its points, and what became of them.
+
+    Args:
+        producer: Takes the points.
+        delivery: Delivers them.
+        shows_progress: Whether a person is told how a wait goes.
+    """
+
+    def __init__(self, producer: Producer, delivery: Delivery, *, shows_progress: bool) -> None:
+        self.producer = producer
+        self.delivery = delivery
+        self.ledger = Ledger(producer, delivery)
+        self._shows_progress = shows_progress
+        self._has_told = self._has_left = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the points wait for delivery."""
+        return self.producer.directory.path
+
+    @property
+    def is_left_to_others(self) -> bool:
+        """At the end of a child, like a data loader's worker, its parent's job goes on, and the
+        collector process with it: the child need not wait."""
+        return isinstance(self.delivery, DeliveryByProcess) and job_end.is_child()
+
+    def flush(self, deadline_s: float | None, *, ends: bool = False) -> None:
+        """Wait until everything that was logged before is settled, or cannot be."""
+        waiting = Waiting(self.folder, self._hurry())
+        over = self._wait(
+            lambda: waiting.is_over() or parked_reason(self.folder) is not None,
+            deadline_s,
+            ends=ends,
+        )
+        if over and ends:
+            job_end.patience.succeed()
+
+    def stop(self, *, failed: bool) -> None:
+        """Take no more points. It may be called again."""
+        self.producer.stop()
+        self.ledger.counts()  # while the folder is there
+        self.producer.close(failed=failed)
+        self._hurry()
+
+    def drain(self, deadline_s: float) -> None:
+        """Once it is stopped: wait until everything is settled, or cannot be."""
+        over = self._wait(self.ledger.is_let_go, deadline_s)
+        # What dead producers left is worth waiting for while it gets somewhere.
+        if self._wait(self.delivery.is_idle, deadline_s) and over:
+            job_end.patience.succeed()
+
+    def wait_for_dead(self, run_id: str, deadline_s: float) -> None:
+        """Wait for what dead producers of a run left."""
+        left = self.delivery.left_by_dead(run_id)
+        self._wait(lambda: all(map(is_over, left)), deadline_s)
+
+    def say_what_is_left(self, report: Report, *, waited: bool) -> None:
+        """Tell it, once."""
+        if not self._has_told:
+            self._has_told = True
+            for words in self.ledger.last_words(report, waited=waited):
+                tell(words)
+
+    def leave(self) -> None:
+        """Nobody waits any more. Who was interrupted does not even wait for that to be heard."""
+        if not self.ledger.is_there():
+            self.producer.directory.lock.release()
+        if not self._has_left and not job_end.patience.interrupted:
+            self._has_left = True
+            self.delivery.end()
+
+    def _hurry(self) -> tuple[int, int]:
+        """Have everything that was logged until now sent without lingering; where that ends.
+        A run that is gone may be restored by now: it is looked at again."""
+        number, offset = self.producer.barrier()
+        if not isinstance(self.delivery, NoDelivery):
+            park(self.folder, None)
+        want(self.folder / f"{number:08d}.slots", offset)
+        return number, offset
+
+    def _wait(
+        self, until: Callable[[], bool], deadline_s: float | None, *, ends: bool = True
+    ) -> bool:
+        shown = Progress(self.ledger.counts, deadline_s, off=not self._shows_progress)
+
+        def meanwhile(waited_s: float) -> None:
+            self.delivery.push()
+            shown.show(waited_s)
+
+        try:
+            return job_end.patience.wait(until, deadline_s, meanwhile, ends=ends)
+        finally:
+            shown.close()
