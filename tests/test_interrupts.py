@@ -110,7 +110,7 @@ def test_one_ctrl_c_ends_all_waiting(start_job: StartJob, store: Store, end: str
     )
     ended = interrupted(job)
     assert ended.status == (5 if "flag" in end else -signal.SIGINT), ended.err
-    assert ended.err.count("points of run") == 1, ended.err
+    assert ended.err.count("not delivered yet") == 1, ended.err
     assert "flowbuffer sync --spool" in ended.err
     assert "Exception ignored" not in ended.err
     assert store.statuses()[-1] == run_status

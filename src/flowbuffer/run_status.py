@@ -9,7 +9,7 @@ from typing import Any
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.delivery_client import delivery_client
 from flowbuffer.notices import tell
-from flowbuffer.single_requests import first_line
+from flowbuffer.translation import first_line
 
 
 def set_status(
