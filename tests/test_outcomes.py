@@ -375,6 +375,7 @@ def test_a_dead_letter_is_whole_or_not_there(
         patched.setattr("flowbuffer.spool.dead_letters.os.write", until_full)
         with pytest.raises(OSError, match="No space"):
             dead_letters.append(tmp_path, letter)
+    assert (tmp_path / "rejected.jsonl").read_bytes() == letter.line() + b"\n"
     dead_letters.append(tmp_path, dead_letters.DeadLetter(reason="yes", points=3))
     assert [one.reason for one in dead_letters.read(tmp_path)] == ["no", "yes"]
     assert dead_letters.count(tmp_path) == (4, 0)

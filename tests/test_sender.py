@@ -19,7 +19,7 @@ from flowbuffer.errors import (
     UnauthorisedError,
 )
 from flowbuffer.spool import dead_letters
-from flowbuffer.spool.layout import COMMITTED
+from flowbuffer.spool.layout import COMMITTED, PARAM
 from flowbuffer.spool.outcomes import Outcome, slot_outcomes
 from flowbuffer.spool.states import delivery_note, parked_reason, want
 from flowbuffer.testing import FakeTransport
@@ -372,3 +372,59 @@ def test_a_doubtful_error_that_stays_is_believed(tmp_path: Path) -> None:
     assert spool.values("k") == [float(value) for value in range(20) if value != 7]
     assert [letter.value for letter in dead_letters.read(spool.directory.path)] == [7.0]
     assert len(spool.transport.requests) < 40
+
+
+def test_a_server_that_fails_for_one_point_stores_all_others(tmp_path: Path) -> None:
+    """P5: where a server answers 5xx for what one point is, for ever, that point alone waits; it is
+    no dead letter, as MLflow has not refused it, and it is stored once the server takes it."""
+    spool = SmallSpool(tmp_path / "spool", segment_slots=64, max_batch_size=50)
+    spool.transport.decide = unless(lambda request: 7.0 in request.values, RetriableError("500"))
+    for value in range(40):
+        spool.producer.append(f"k{value % 3}", float(value))
+    spool.deliver(120)
+    stored = sorted(value for key in ("k0", "k1", "k2") for value in spool.values(key))
+    assert stored == [float(value) for value in range(40) if value != 7]
+    assert list(dead_letters.read(spool.directory.path)) == []
+    before = len(spool.transport.requests)
+    for value in range(40, 140):
+        spool.producer.append(f"k{value % 3}", float(value))
+        spool.deliver(1)
+    assert sum(len(spool.values(key)) for key in ("k0", "k1", "k2")) == 139
+    assert len(spool.transport.requests) - before < 120, "it is tried again seldom"
+    spool.transport.decide = lambda _: None
+    spool.deliver()
+    assert sum(len(spool.values(key)) for key in ("k0", "k1", "k2")) == 140
+    assert spool.values("k1") == [float(value) for value in range(140) if value % 3 == 1]
+
+
+def test_several_points_for_which_a_server_fails(tmp_path: Path) -> None:
+    """P5: so it is for several points, and for parameters and tags."""
+    spool = SmallSpool(tmp_path / "spool", segment_slots=64)
+    bad = {0.0, 1.0, 20.0, 39.0}
+    spool.transport.decide = unless(
+        lambda request: not bad.isdisjoint(request.values) or ("p3", "3") in request.params,
+        RetriableError("502 from a gateway"),
+    )
+    spool.producer.append_texts(PARAM, {f"p{number}": str(number) for number in range(9)})
+    for value in range(40):
+        spool.producer.append(f"k{value % 5}", float(value))
+    spool.deliver(600)
+    stored = {value for key in range(5) for value in spool.values(f"k{key}")}
+    assert stored == {float(value) for value in range(40)} - bad
+    assert {key for _, key in spool.transport.params} == {f"p{n}" for n in range(9) if n != 3}
+    assert list(dead_letters.read(spool.directory.path)) == []
+
+
+def test_an_outage_takes_no_batch_apart_for_good(tmp_path: Path) -> None:
+    """P5: a long outage rejects nothing, and after it a batch goes in few requests."""
+    spool = SmallSpool(tmp_path / "spool", segment_slots=2048)
+    spool.transport.decide = lambda _: RetriableError("connection refused")
+    for value in range(1000):
+        spool.producer.append("k", float(value))
+    spool.deliver(8 * 3600)
+    spool.transport.decide = lambda _: None
+    before = len(spool.transport.requests)
+    spool.deliver()
+    assert spool.values("k") == [float(value) for value in range(1000)]
+    assert len(spool.transport.requests) - before <= 16
+    assert list(dead_letters.read(spool.directory.path)) == []

@@ -9,10 +9,14 @@ import numpy as np
 
 from flowbuffer.ordering import Rows
 
-#: How often a request fails doubtfully before its content may be to blame, while nothing else of
-#: the run is stored; how often, if something was stored since.
-DOUBTS = 8
+#: How often a request fails before its content may be to blame, while nothing else of the run is
+#: stored; how often, if something was stored since.
+DOUBTS = 5
 DOUBTS_BESIDE_OTHERS = 3
+
+#: In so many parts a batch is taken while nothing is stored: enough to find one point in a
+#: thousand, and few enough to be sent soon when the server is back.
+PARTS_IN_DOUBT = 12
 
 
 @dataclass(eq=False)
@@ -21,14 +25,15 @@ class Part:
 
     ``blamed``: they are the second half of what the server rejected. Once the first half is stored
     the fault must be in them, and sending them as a whole would be a request for nothing.
-    ``doubts``: how often sending them failed doubtfully, since the run had ``stored_before``
-    requests stored.
+    ``doubts``: how often sending them failed, for what may be their content, since the run had
+    ``stored_before`` requests stored. ``beside_others``: others were stored since.
     """
 
     rows: Rows
     blamed: bool = False
     doubts: int = 0
     stored_before: int = 0
+    beside_others: bool = False
 
 
 @dataclass(eq=False)
@@ -43,7 +48,7 @@ class Batch:
         sending: It is on its way.
         is_split: A part was refused, and taken apart.
         in_order: A key's rows must be stored one after another, as those of a parameter.
-        aside: One point that may be at fault. It takes nobody's place until that is known.
+        aside: What may be at fault. It takes nobody's place until that is known.
     """
 
     parts: deque[Part]
@@ -56,12 +61,12 @@ class Batch:
     aside: bool = False
 
     def is_at_fault(self, stored: int) -> bool:
-        """After a doubtful failure of the first part: whether its content must be to blame, because
-        it failed again and again while others of the run were stored.
+        """After the first part failed: whether its content must be to blame, because it failed
+        again and again while others of the run were stored.
 
         As long as nothing is stored it may be the whole store, and nothing is to blame. But so that
         a point at fault keeps none of the others from being stored, which then tells, the part is
-        taken apart, a single point goes behind the others, and a single batch of one is aside.
+        taken apart, or goes behind the others, and a single batch of one is aside.
 
         Args:
             stored: How many requests of the run have been stored so far.
@@ -70,19 +75,25 @@ class Batch:
         if not part.doubts:
             part.stored_before = stored
         part.doubts += 1
-        if stored > part.stored_before:
+        part.beside_others = stored > part.stored_before
+        if part.beside_others:
             return part.doubts >= DOUBTS_BESIDE_OTHERS
         if part.doubts < DOUBTS and not self.is_split:
             return False
-        if len(part.rows) > 1:
+        if len(part.rows) > 1 and len(self.parts) < PARTS_IN_DOUBT:
             attempt = self.attempt if self.is_split else 0
             self.take_apart(blame=False)
             self.attempt = attempt
-        elif len(self.parts) > 1:
+        else:
+            self.step_aside()
+        return False
+
+    def step_aside(self) -> None:
+        """Let others go before the first part, which fails again and again."""
+        if len(self.parts) > 1:
             self._put_behind()
         else:
             self.aside = True
-        return False
 
     def _put_behind(self) -> None:
         """Move the first part behind the others, but not past one with its key, if that counts."""

@@ -247,7 +247,7 @@ class Sender:
     def _went_well(self, batch: Batch) -> None:
         self.failure = None
         batch.attempt = 0
-        if not any(other.attempt for other in self._batches):
+        if not any(other.attempt and not other.aside for other in self._batches):
             tell_outage(self.run_id, "")
         if self.gone:
             self._park(None)
@@ -257,18 +257,26 @@ class Sender:
         self._went_well(batch)
         self._stored_requests += 1
         for other in self._batches:
-            if other.aside:  # the store takes points: whether it takes this one, will now be known
+            if other.aside and not other.parts[0].beside_others:
+                # The store takes points: whether it takes this one, will now be known.
                 other.due_s = self._clock.monotonic_s()
         self._mark(batch.parts.popleft().rows)
         self._next_part(batch)
 
     def _is_refusal(self, batch: Batch, error: TransportError) -> bool:
         """Whether the request must not be sent again as it is."""
+        several = len(batch.parts[0].rows) > 1
         if isinstance(error, TooLargeError):  # no fault of any point: one alone is tried again
-            return len(batch.parts[0].rows) > 1
-        if isinstance(error, DoubtfulError):
-            return batch.is_at_fault(self._stored_requests)
-        return isinstance(error, RejectedError)
+            return several
+        if not isinstance(error, RetriableError) or error.retry_after_s:
+            return isinstance(error, RejectedError)
+        if not batch.is_at_fault(self._stored_requests):
+            return False
+        if several or isinstance(error, DoubtfulError):
+            return True
+        # A server that fails for one point, and stores others. But only MLflow can refuse it.
+        batch.step_aside()
+        return False
 
     def _refused(self, batch: Batch, error: TransportError) -> None:
         """Split down to the point at fault; it alone is a dead letter."""
@@ -298,7 +306,8 @@ class Sender:
             batch.keys = set()
         if error.retry_after_s or isinstance(error, (UnauthorisedError, RunGoneError)):
             self._not_before_s = max(self._not_before_s, batch.due_s)
-        tell_outage(self.run_id, error.reason)
+        if not batch.aside:
+            tell_outage(self.run_id, error.reason)
         self.failure = error
         if isinstance(error, RunGoneError):
             self._note()  # before the folder is parked, so that whoever stops waiting finds it

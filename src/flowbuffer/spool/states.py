@@ -292,12 +292,19 @@ def want(path: Path, offset: int) -> None:
 
 def park(folder: Path, reason: str | None) -> None:
     """Write down why nobody delivers this producer's points (``parked.json``); None takes it
-    back."""
+    back, if that can be done: no point depends on it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     path = folder / "parked.json"
-    if reason is None:
-        path.unlink(missing_ok=True)
-    else:
+    if reason is not None:
         write_file(path, json.dumps({"reason": reason}).encode())
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass
 
 
 def is_parked(folder: Path) -> bool:
