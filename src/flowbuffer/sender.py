@@ -32,7 +32,7 @@ from flowbuffer.errors import (
     is_passing,
 )
 from flowbuffer.intake import WINDOW_POINTS, Intake
-from flowbuffer.notices import tell_outage
+from flowbuffer.notices import tell_outage, warn_once
 from flowbuffer.ordering import Rows
 from flowbuffer.rejections import Rejections
 from flowbuffer.retry import RetryPolicy
@@ -276,6 +276,10 @@ class Sender:
             return True
         # A server that fails for one point, and stores others. But only MLflow can refuse it.
         batch.step_aside()
+        warn_once(
+            f"run {self.run_id}: the server fails for some points while it stores others; these wait, "
+            f"and are tried again: {error.reason}"
+        )
         return False
 
     def _refused(self, batch: Batch, error: TransportError) -> None:
