@@ -277,8 +277,8 @@ class Sender:
         # A server that fails for one point, and stores others. But only MLflow can refuse it.
         batch.step_aside()
         warn_once(
-            f"run {self.run_id}: the server fails for some points while it stores others; these wait, "
-            f"and are tried again: {error.reason}"
+            f"run {self.run_id}: the server fails for some points while it stores others; these "
+            f"wait, and are tried again: {error.reason}"
         )
         return False
 
