@@ -2,8 +2,9 @@
 
 Eight threads train a softmax classifier each, with a learning rate each, on generated data. After
 every step they log three metrics through one `flowbuffer.MetricLogger`: 200,000 points of 24
-metrics. For comparison one thread does the same for fewer steps with MLflow's own calls. At the end
-all of it is read back from MLflow and compared with what was logged.
+metrics. What they were trained with is logged as parameters and tags. For comparison one thread
+does the same for fewer steps with MLflow's own calls. At the end all of it is read back from MLflow
+and compared with what was logged.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import flowbuffer
 TRACKING_URI = "sqlite:///mlflow.db"
 WORKERS = 8
 METRICS = ("loss", "accuracy", "gradient_norm")
+BATCH = 32
 
 LogMetric = Callable[[str, float, int], object]
 Data = tuple[np.ndarray, np.ndarray]  # a row of features for each sample, and its class
@@ -69,11 +71,22 @@ def train(worker: int, steps: int, data: Data, log_metric: LogMetric) -> None:
     """
     x, y = data
     random = np.random.default_rng(worker)
-    model = Softmax(x.shape[1], int(y.max()) + 1, learning_rate=0.3 / 2**worker)
+    model = Softmax(x.shape[1], int(y.max()) + 1, learning_rate_of(worker))
     for step in range(steps):
-        batch = random.integers(len(y), size=32)
+        batch = random.integers(len(y), size=BATCH)
         for name, value in model.step(x[batch], y[batch]).items():
             log_metric(f"worker{worker}/{name}", float(value), step)
+
+
+def learning_rate_of(worker: int) -> float:
+    return 0.3 / 2**worker
+
+
+def params_and_tags(steps: int, data: Data) -> tuple[dict[str, object], dict[str, object]]:
+    """What the page of the run in MLflow shows beside its metrics."""
+    rates = {f"worker{worker}/learning_rate": learning_rate_of(worker) for worker in range(WORKERS)}
+    params = {"workers": WORKERS, "steps": steps, "batch_size": BATCH, "samples": len(data[1])}
+    return {**params, **rates}, {"model": "softmax", "data": "generated", "example": "flowbuffer"}
 
 
 # ---------------------------------------------------------------- the record of the calls
@@ -106,6 +119,7 @@ class Outcome:
     lost: int = 0
     reordered: int = 0
     mistimed: int = 0  # the time is not that of the call
+    different: int = 0  # parameters and tags
 
 
 def check(record: Record, run_id: str, moved_ms: int = 0) -> Outcome:
@@ -131,8 +145,11 @@ def check(record: Record, run_id: str, moved_ms: int = 0) -> Outcome:
 def with_flowbuffer(points: int, data: Data) -> tuple[Record, Outcome]:
     """Eight threads, one logger."""
     steps = max(points // (WORKERS * len(METRICS)), 1)
+    params, tags = params_and_tags(steps, data)
     with mlflow.start_run(run_name="flowbuffer") as run, flowbuffer.MetricLogger() as logger:
         record = Record(logger.log_metric)
+        logger.log_params(params)
+        logger.set_tags(tags)
         threads = [
             threading.Thread(target=train, args=(worker, steps, data, record))
             for worker in range(WORKERS)
@@ -145,7 +162,11 @@ def with_flowbuffer(points: int, data: Data) -> tuple[Record, Outcome]:
         logger.flush()
         record.seconds = time.perf_counter() - start
         moved_ms = logger.stats().ties_moved_most_ms
-    return record, check(record, run.info.run_id, moved_ms)
+    outcome = check(record, run.info.run_id, moved_ms)
+    stored = mlflow.get_run(run.info.run_id).data
+    for wanted, found in ((params, stored.params), (tags, stored.tags)):
+        outcome.different += sum(found.get(key) != str(value) for key, value in wanted.items())
+    return record, outcome
 
 
 def with_mlflow(points: int, data: Data, *, synchronous: bool) -> tuple[Record, Outcome]:
@@ -184,6 +205,21 @@ HEADER = (
 )
 
 
+def seen(record: Record, outcome: Outcome) -> str:
+    """What came back from MLflow of the run that flowbuffer logged, in words."""
+    points = f"{len(record.costs_ns):,} points of {len(record.calls)} metrics"
+    if outcome == Outcome():
+        return (
+            f"MLflow has all {points}, in the order and with the times of the calls, and every "
+            "parameter and tag."
+        )
+    return (
+        f"MLflow does NOT have all {points} as they were logged: {outcome.lost:,} are lost, "
+        f"{outcome.reordered:,} out of order, {outcome.mistimed:,} have another time; "
+        f"{outcome.different:,} parameters and tags differ."
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--points", type=int, default=200_000, help="for flowbuffer (%(default)s)")
@@ -205,6 +241,7 @@ def main() -> int:
     rows.append(row("flowbuffer", WORKERS, record, outcome))
 
     print(f"\n{HEADER}\n" + "\n".join(rows))
+    print(f"\n{seen(record, outcome)}")
     print("\nSee the curves:  .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db")
     return 0 if outcome == Outcome() else 1
 

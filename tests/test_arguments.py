@@ -266,3 +266,15 @@ def test_the_last_line_of_a_run_that_is_gone_is_true(
     assert f"restore it on {sqlite_uri}" in last
     assert f"flowbuffer clean --pending {run_id[:8]}" in last
     assert "goes on" not in last
+
+
+def test_offline_nobody_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Offline, flush and close do not wait for what nobody delivers, and the last line says what
+    does."""
+    logger = MetricLogger("run", spool_dir=tmp_path / "spool", offline=True)
+    logger.log_metric("k", 1.0)
+    assert logger.flush(60).seconds < 30
+    assert logger.close(60).seconds < 30
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "1 point of run run is not delivered yet (flowbuffer is offline)" in last
+    assert "flowbuffer sync --spool" in last

@@ -59,10 +59,9 @@ class MetricLogger(LoggingCalls):
         settings: None means ``Settings()``.
         changes: Settings by name, like ``linger_s=0.1``; they win over ``settings``.
 
-    Attributes:
-        closes_with_run: Close it when the run is marked ended; else it is only flushed then.
-
     Raises:
+        InvalidArgument: ``run_id`` is no run.
+        FlowbufferError: A run has to be started, and its server does not answer.
         SettingError: A setting is out of its range.
         SpoolError: The spool cannot be used; the message says what would help.
     """
@@ -79,7 +78,7 @@ class MetricLogger(LoggingCalls):
     ) -> None:
         import mlflow
 
-        self.closes_with_run = False
+        self.closes_with_run = False  # or only flushed, when its run is marked ended
         uri = tracking_uri or mlflow.get_tracking_uri()
         self._settings = settings_for(uri, settings_with(settings, changes))
         self._place = environment_place()
