@@ -106,15 +106,16 @@ class Ledger:
         """What is left, why, and what helps."""
         info, root = self._producer.directory.info, self._delivery.spool.root
         error, points = last_error(self._folder), counted(pending)
+        are, they, them = ("is", "It is", "it") if pending == 1 else ("are", "They are", "them")
         if parked_reason(self._folder) is not None and info.delivery != OFFLINE:
             return (
                 f"{points} of run {info.run_id} cannot be delivered to {info.tracking_uri} "
-                f"({error}). They are kept in {root}: {gone(info.run_id, info.tracking_uri)}"
+                f"({error}). {they} kept in {root}: {gone(info.run_id, info.tracking_uri)}"
             )
         return (
-            f"{points} of run {info.run_id} {'is' if pending == 1 else 'are'} not delivered yet"
+            f"{points} of run {info.run_id} {are} not delivered yet"
             + (f" ({error})" if error else "")
-            + f". They are safe in {root}; {self._delivery.goes_on}deliver them with: "
+            + f". {they} safe in {root}; {self._delivery.goes_on}deliver {them} with: "
             f"flowbuffer sync --spool {root}"
         )
 
