@@ -218,8 +218,8 @@ def test_drops_are_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert report.dropped == {"spool_full": dropped}
     assert report.pending == 60_000
     said = capfd.readouterr().err
-    assert f"{dropped} dropped (spool_full)" in said
-    assert "60000 points" in said
+    assert f"{dropped:,} dropped (spool_full)" in said
+    assert "60,000 points" in said
 
 
 def test_the_smallest_spool_is_enough(tmp_path: Path, sqlite_uri: str) -> None:

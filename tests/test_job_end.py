@@ -286,7 +286,7 @@ def test_a_dead_server_holds_up_no_exit(start_job: StartJob, tmp_path: Path, end
     assert ended.seconds < timeout_s + 5  # busy machines
     lines = [line for line in ended.err.splitlines() if line.startswith("flowbuffer:")]
     assert len(lines) == 1, ended.err
-    assert f"{POINTS} points" in lines[0]
+    assert f"{POINTS:,} points" in lines[0]
     assert f"flowbuffer sync --spool {tmp_path / 'spool'}" in lines[0]
 
 
@@ -305,7 +305,7 @@ def test_many_loggers_share_the_time_at_the_end(start_job: StartJob) -> None:
     job.expect("ending")
     ended = job.end()
     assert ended.seconds < 3.5
-    assert ended.err.count("1 points") == 4
+    assert ended.err.count("1 point of run") == 4
 
 
 def test_what_was_left_is_delivered_by_the_command(
@@ -319,7 +319,7 @@ def test_what_was_left_is_delivered_by_the_command(
     ended = job.end()
     store.connection.rollback()
     (line,) = [text for text in ended.err.splitlines() if text.startswith("flowbuffer:")]
-    assert f"{POINTS} points" in line
+    assert f"{POINTS:,} points" in line
     command = line.partition("with: flowbuffer ")[2].split()
     subprocess.run([sys.executable, "-m", "flowbuffer", *command], check=True, timeout=PATIENCE_S)
     assert store.values() == ALL

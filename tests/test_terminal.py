@@ -278,7 +278,7 @@ def test_sync_that_is_interrupted_tells_what_it_did(spool: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert out == "interrupted: 0 points delivered, 0 rejected, 7 pending\n"
+    assert out == "interrupted: delivered 0, rejected 0, pending 7\n"
     assert "Traceback" not in err
 
 
@@ -358,3 +358,17 @@ def test_words() -> None:
     assert [size(count) for count in (0, 1023, 2048, 3 << 20, 5 << 30)] == [
         "0 B", "1023 B", "2.0 KiB", "3.0 MiB", "5.0 GiB",
     ]  # fmt: skip
+
+
+def test_a_misspelt_variable_is_a_line(spool: Path) -> None:
+    """A command tells a variable that is no setting in one line, without any code."""
+    asked = subprocess.run(
+        [sys.executable, "-m", "flowbuffer", "status", "--spool", str(spool)],
+        env={**os.environ, "FLOWBUFFER_LINGER": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert asked.stderr == (
+        "flowbuffer: FLOWBUFFER_LINGER is ignored: did you mean FLOWBUFFER_LINGER_S?\n"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,13 @@ _INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code; 2 for misuse, and where there is no usable spool."""
+    with warnings.catch_warnings():
+        # A variable that is no setting is told without the line of code that found it.
+        warnings.showwarning = lambda message, *_: _say(str(message))
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         return int(_commands.main(arguments, "flowbuffer", standalone_mode=False) or 0)
     except click.ClickException as error:
@@ -201,8 +209,8 @@ def _tell_synced(report: SyncReport) -> None:
     for run in report.created:
         _print_line(f"run {run.run_id} is run {run.created_run_id} at {run.tracking_uri}")
     _print_line(
-        f"{'interrupted: ' if report.interrupted else ''}{counted(report.delivered)} delivered, "
-        f"{report.rejected:,} rejected, {report.pending:,} pending"
+        f"{'interrupted: ' if report.interrupted else ''}delivered {report.delivered:,}, "
+        f"rejected {report.rejected:,}, pending {report.pending:,}"
     )
     if report.interrupted:
         return
@@ -210,8 +218,8 @@ def _tell_synced(report: SyncReport) -> None:
     for run_id, why in report.left.items():
         runs.setdefault(why, []).append(run_id)
     for why, run_ids in runs.items():
-        of = f"run {run_ids[0]}" if len(run_ids) == 1 else f"{len(run_ids)} runs"
-        _say(f"{of}: {why}")
+        of = f"run {run_ids[0]}: " if len(run_ids) == 1 else f"{len(run_ids)} runs: "
+        _say(why if why.startswith(f"run {run_ids[0]}") else of + why)
 
 
 @_command

@@ -94,7 +94,9 @@ class Ledger:
                 f"them was wiped from {root}, or is damaged"
             )
         if report.rejected or any(report.dropped.values()):
-            dropped = ", ".join(f"{count} dropped ({why})" for why, count in report.dropped.items())
+            dropped = ", ".join(
+                f"{count:,} dropped ({why})" for why, count in report.dropped.items()
+            )
             words.append(
                 f"run {run_id}: {counted(report.rejected)} rejected"
                 + (f", {dropped}" if dropped else "")
