@@ -282,6 +282,76 @@ def test_a_handler_that_exits_while_the_end_waits(start_job: StartJob, store: St
     assert store.statuses()[-1] == "FINISHED"
 
 
+SIGTERM_AT_LINES = """
+import random, shutil, signal
+root = os.path.dirname(flowbuffer.__file__)
+
+def work():
+    logger = MetricLogger(RUN)
+    for step in range(3):
+        logger.log_metric("loss", float(step), step)
+    logger.flush()
+    logger.log_metric("loss", 3.0, 3)
+    logger.close()
+
+def in_child(number):
+    \"\"\"Work with SIGTERM at a line; how many lines there were, or how it ended.\"\"\"
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    lines = 0
+    def trace(frame, event, _):
+        nonlocal lines
+        lines += event == "line"
+        if event == "line" and lines == number:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGTERM)
+        return trace
+    def trace_ours(frame, *_):
+        file = frame.f_code.co_filename
+        return trace if file.startswith(root) and "job_end" not in file else None
+    sys.settrace(trace_ours)
+    work()
+    sys.settrace(None)
+    with open("lines", "w") as counted:
+        counted.write(str(lines))
+    os._exit(0)
+
+with MetricLogger(RUN) as logger:
+    logger.log_metric("warm", 1.0)
+assert in_child(-1) == 0
+total = int(open("lines").read())
+for number in random.Random(5).sample(range(1, total), 6):
+    status = in_child(number)
+    assert status in (0, signal.SIGTERM), (number, total, status)  # there may be fewer lines
+say("done")
+"""
+
+
+def test_sigterm_at_any_line(start_job: StartJob, store: Store) -> None:
+    """SIGTERM at any line of opening a logger, logging, flushing and closing ends the process by
+    SIGTERM, and not after a wait in vain."""
+    job = start_job(SIGTERM_AT_LINES, FLOWBUFFER_SHUTDOWN_TIMEOUT_S="600")
+    job.expect("done")
+    assert job.end().status == 0
+    assert set(store.values()) == {0.0, 1.0, 2.0, 3.0}
+
+
+def test_the_start_is_told_once(start_job: StartJob, store: Store) -> None:
+    """With the switch on one line says what is buffered, of which run and where; once in a process,
+    and not with progress=off."""
+    code = """
+        for _ in range(2):
+            with mlflow.start_run(run_id=RUN):
+                mlflow.log_metric("loss", 1.0)
+        """
+    for progress, times in (("auto", 1), ("off", 0)):
+        job = start_job(code, FLOWBUFFER_ENABLED="1", FLOWBUFFER_PROGRESS=progress)
+        ended = job.end()
+        assert ended.err.count("MLflow's calls are buffered") == times, ended.err
+        assert ended.err.count(store.run_id()) >= times
+
+
 def _first_of_a_container(*command: str) -> list[str]:
     unshare = shutil.which("unshare")
     found = [unshare, "--pid", "--fork", "--kill-child", *command] if unshare else []

@@ -118,7 +118,7 @@ class Gate:
                 def answer(self, raw: bytes) -> tuple[int, bytes]:
                     return gate._answer(self, raw)
 
-            self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+            self._server = _Server(("127.0.0.1", self.port), Handler)
             self._server.daemon_threads = True
             threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -158,6 +158,11 @@ class Gate:
 
     def __exit__(self, *_: object) -> None:
         self.down()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A job that left is nothing to report."""
 
 
 class _Handler(BaseHTTPRequestHandler):
