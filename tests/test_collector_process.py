@@ -12,11 +12,17 @@ import pytest
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.background import Background
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.collector import Collector, is_served
-from flowbuffer.collector_process import Shift
+from flowbuffer.collector import Collector
+from flowbuffer.collector_process import Shift, is_served
 from flowbuffer.delivery import DeliveryByProcess
 from flowbuffer.errors import RetriableError, RunGoneError, UnauthorisedError
-from flowbuffer.handover import collector_environment
+from flowbuffer.handover import (
+    collector_environment,
+    collector_lock,
+    collector_works,
+    fingerprint,
+    take_collector_lock,
+)
 from flowbuffer.launcher import Launcher
 from flowbuffer.spool.directory import ProducerDirectory, Spool
 from flowbuffer.spool.files import FileLock
@@ -47,20 +53,26 @@ class Rig:
             self.clock,
             lambda *_: self.transport,
             living=True,
+            environment="here",
             max_folders=max_folders,
         )
         self.clock.turn(1.0)
         self.shift = Shift(
-            self.collector, self.clock, drain_timeout_s=100.0, since_ms=self.now_ms()
+            self.collector,
+            self.clock,
+            drain_timeout_s=100.0,
+            since_ms=self.now_ms(),
+            environment="here",
         )
         self.clock.turn(1.0)
 
     def producer(
-        self, delivery: str = "process", run: str = "run"
+        self, delivery: str = "process", run: str = "run", environment: str = "here"
     ) -> tuple[Producer, ProducerDirectory]:
-        directory = self.spool.add_producer(
-            this_producer(run, "fake://", self.now_ms(), delivery=delivery)
+        info = this_producer(
+            run, "fake://", self.now_ms(), delivery=delivery, environment=environment
         )
+        directory = self.spool.add_producer(info)
         producer = Producer(directory, self.spool, self.settings, self.clock, lambda: None)
         return producer, directory
 
@@ -181,6 +193,70 @@ def test_what_cannot_be_sent_is_left_to_whoever_waits(rig: Rig) -> None:
     rig.transport.decide = lambda _: None
     rig.work(100)
     assert rig.transport.history("run", "loss") != []
+
+
+def test_each_environment_has_a_collector_of_its_own(rig: Rig) -> None:
+    """A producer with another environment is left to the collector that has it; what it left when
+    it died is adopted where there is no such collector."""
+    producer, directory = rig.producer(environment="other")
+    producer.append("loss", 1.0)
+    assert rig.work(10)  # it holds nobody here
+    assert rig.transport.rows == set()
+    theirs = FileLock.take(collector_lock(rig.spool.root, "other"), create=True)
+    assert theirs is not None
+    directory.lock.release()
+    rig.work(10)
+    assert rig.transport.rows == set()
+    theirs.release()
+    rig.work(10)
+    assert rig.transport.history("run", "loss") != []
+
+
+def test_who_gets_which_lock(tmp_path: Path) -> None:
+    """The first collector has collector.lock, whatever its environment is; another environment's
+    has its own, and no environment has two."""
+    root = Spool(tmp_path / "spool").root
+    first = take_collector_lock(root, "a")
+    assert first is not None
+    assert FileLock.is_held(root / "collector.lock")
+    assert take_collector_lock(root, "a") is None
+    second = take_collector_lock(root, "b")
+    assert second is not None
+    assert take_collector_lock(root, "b") is None
+    assert collector_works(root, "a")
+    assert collector_works(root, "b")
+    first.release()
+    assert not collector_works(root, "a")
+    assert take_collector_lock(root, "b") is None
+    again = take_collector_lock(root, "a")
+    assert again is not None
+    assert FileLock.is_held(root / "collector.lock")
+    second.release()
+    assert not collector_works(root, "b")
+
+
+def test_what_an_environment_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides whether a server can be reached makes another environment; of secrets only
+    whether they are there (P8), and of what differs between the ranks of a job nothing."""
+    plain = fingerprint()
+    for name, value in {"RANK": "3", "MLFLOW_RUN_ID": "x", "SLURM_PROCID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert fingerprint() == plain
+    found = {plain}
+    for name, value in {
+        "MLFLOW_TRACKING_INSECURE_TLS": "true",
+        "REQUESTS_CA_BUNDLE": "/ca.pem",
+        "https_proxy": "http://user:secret@proxy:3128",
+        "PYTHONPATH": "/plugins",
+        "MLFLOW_TRACKING_TOKEN": "secret",
+        "AWS_PROFILE": "team",
+    }.items():
+        monkeypatch.setenv(name, value)
+        found.add(fingerprint())
+    assert len(found) == 7
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "renewed")
+    monkeypatch.setenv("https_proxy", "http://user:renewed@proxy:3128")
+    assert fingerprint() in found
 
 
 def test_where_there_are_too_many_they_take_turns(tmp_path: Path) -> None:
@@ -342,11 +418,11 @@ class Standing:
         self.clock = ManualClock()
         self.ready = False
         monkeypatch.setattr(Launcher, "ensure", lambda _: None)
-        monkeypatch.setattr("flowbuffer.stopgap.wake_collector", lambda _: self.ready)
+        monkeypatch.setattr("flowbuffer.stopgap.wake_collector", lambda *_: self.ready)
         monkeypatch.setattr("flowbuffer.stopgap.SYSTEM_CLOCK", self.clock)
         monkeypatch.setattr(Background, "begin", lambda _: True)
         settings = Settings(spool_dir=root)
-        self.stopgap = Stopgap(settings, "http://127.0.0.1:9")
+        self.stopgap = Stopgap(settings, "http://127.0.0.1:9", "")
         self.directory = self.stopgap.spool.add_producer(this_producer("run", "fake://", 0))
         self.user = DeliveryByProcess(settings, "http://127.0.0.1:9")
         self.stopgap.join(self.user, self.directory.path, "http://127.0.0.1:9")

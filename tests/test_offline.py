@@ -225,7 +225,7 @@ def test_two_syncs_and_a_collector_at_once(
         from flowbuffer.launcher import Launcher
 
         settings = Settings.from_env()
-        Launcher(settings.spool_dir, settings, os.environ["MLFLOW_TRACKING_URI"]).ensure()
+        Launcher(settings.spool_dir, settings, os.environ["MLFLOW_TRACKING_URI"], "").ensure()
         """
     )
     assert job.end().status == 0

@@ -22,16 +22,16 @@ from flowbuffer.destinations import (
     as_logged,
     transport_to,
 )
-from flowbuffer.errors import SpoolError, UnauthorisedError
+from flowbuffer.errors import UnauthorisedError
+from flowbuffer.handover import collector_works, same_environment
 from flowbuffer.sender import Sender
 from flowbuffer.settings import Settings
 from flowbuffer.source import Source
 from flowbuffer.spool import dead_letters
-from flowbuffer.spool.directory import Claim, Spool, has_producer
+from flowbuffer.spool.directory import Claim, Spool
 from flowbuffer.spool.info import OFFLINE, ProducerInfo, read_info
 from flowbuffer.spool.mark import foreign
 from flowbuffer.spool.reader import Reader
-from flowbuffer.spool.states import closed_outcome, parked_reason
 from flowbuffer.transport import absolute_uri
 
 _log = logging.getLogger("flowbuffer")
@@ -97,6 +97,8 @@ class Collector:
         stopgap: Deliver until another collector is there to take over: one request at a time, as
             others may do the same, and little read ahead.
         wake: Ends a wait between two steps.
+        environment: The fingerprint of this process's: the folders of others are others', as long
+            as their collector process works. Empty if it does not matter.
         max_folders: How many are held at once; where there are more, they take turns.
 
     Attributes:
@@ -117,6 +119,7 @@ class Collector:
         living: bool = False,
         stopgap: bool = False,
         wake: Event | None = None,
+        environment: str = "",
         max_folders: int = 1 << 30,
     ) -> None:
         self.spool = spool
@@ -137,6 +140,7 @@ class Collector:
         self._look_at_s = self._sweep_at_s = -math.inf
         self._quiet_since_s = clock.monotonic_s()
         self._wake = wake or Wake()
+        self._environment = environment
         self._max_folders = max_folders
         self._turns: dict[Path, float] = {}  # when a folder was given back for others' turn
         self._given_up: dict[Path, float] = {}  # living producers' folders, and until when
@@ -241,7 +245,10 @@ class Collector:
         destination = self._destinations(info)
         if destination is None:
             return
-        living = self._living and info.delivery in ("process", OFFLINE)
+        own = same_environment(info.environment, self._environment)
+        if not own and collector_works(self.spool.root, info.environment):
+            return
+        living = own and self._living and info.delivery in ("process", OFFLINE)
         given_up = now_s < self._given_up.get(folder, -math.inf)
         claim = self.spool.claim(folder, living=living and not given_up)
         if claim is not None:
@@ -377,13 +384,3 @@ class Collector:
         if not any(stream.sender.sources):
             self._senders = {at: s for at, s in self._senders.items() if s is not stream.sender}
             self._close_transports()
-
-
-def is_served(folder: Path) -> bool:
-    """Whether a folder is of a living producer that relies on a collector process. One that is
-    closed, and whose run is gone, has nothing more to get from it."""
-    try:
-        relies = read_info(folder).delivery == "process" and has_producer(folder)
-        return relies and not (closed_outcome(folder) and parked_reason(folder))
-    except SpoolError:
-        return False

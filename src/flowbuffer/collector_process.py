@@ -1,4 +1,4 @@
-"""The collector as a process: arguments SPOOL and DESCRIPTOR.
+"""The collector as a process: arguments SPOOL, DESCRIPTOR and ENVIRONMENT.
 
 Started by a :class:`flowbuffer.launcher.Launcher`, it serves every producer of a spool whose
 setting is ``delivery="process"``, adopts what dead ones left, and ends when nothing is left to do.
@@ -17,15 +17,22 @@ from pathlib import Path
 from typing import TextIO
 
 from flowbuffer.clock import SYSTEM_CLOCK, Clock
-from flowbuffer.collector import Collector, is_served
+from flowbuffer.collector import Collector
 from flowbuffer.credentials import redacted
 from flowbuffer.delivery_client import warm_up
-from flowbuffer.errors import FlowbufferError
-from flowbuffer.handover import WAKE_SIGNAL, collector_lock, handed_on_ms, handed_on_uri
+from flowbuffer.errors import FlowbufferError, SpoolError
+from flowbuffer.handover import (
+    WAKE_SIGNAL,
+    handed_on_ms,
+    handed_on_uri,
+    same_environment,
+    take_collector_lock,
+)
 from flowbuffer.settings import Settings
-from flowbuffer.spool.directory import Spool
+from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.files import FileLock, OwnedFile
 from flowbuffer.spool.info import read_info
+from flowbuffer.spool.states import closed_outcome, parked_reason
 
 _log = logging.getLogger("flowbuffer")
 
@@ -34,6 +41,18 @@ _log = logging.getLogger("flowbuffer")
 _MOST_DESCRIPTORS = 65536
 _DESCRIPTORS_OF_A_FOLDER = 3
 _OTHER_DESCRIPTORS = 100
+
+
+def is_served(folder: Path, environment: str = "") -> bool:
+    """Whether a folder is of a living producer that relies on the collector process with this
+    environment. One that is closed, and whose run is gone, has nothing more to get from it."""
+    try:
+        info = read_info(folder)
+        relies = info.delivery == "process" and same_environment(info.environment, environment)
+        relies = relies and has_producer(folder)
+        return relies and not (closed_outcome(folder) and parked_reason(folder))
+    except SpoolError:
+        return False
 
 
 class Shift:
@@ -45,14 +64,21 @@ class Shift:
         drain_timeout_s: How long it goes on once no producer lives.
         since_ms: Since when the process that started it logs, in ms since the epoch: its
             credentials are as old.
+        environment: The fingerprint of this process's.
 
     Attributes:
         superseded: It is over because a newer collector has to take its place.
     """
 
     def __init__(
-        self, collector: Collector, clock: Clock, drain_timeout_s: float, since_ms: int
+        self,
+        collector: Collector,
+        clock: Clock,
+        drain_timeout_s: float,
+        since_ms: int,
+        environment: str = "",
     ) -> None:
+        self._environment = environment
         self.superseded = False
         self._collector = collector
         self._clock = clock
@@ -68,7 +94,8 @@ class Shift:
             return True
         streams = self._collector.streams
         served = any(not stream.reader.finished for stream in streams)
-        if served or any(map(is_served, self._collector.not_served())):
+        folders = self._collector.not_served()
+        if served or any(is_served(folder, self._environment) for folder in folders):
             self._alone_since_s = None
             return False
         now_s = self._clock.monotonic_s()
@@ -135,10 +162,10 @@ class RedactedStream(io.TextIOBase):
 
 def main() -> None:
     """What the process does, from its start to its end."""
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         print("this is started by flowbuffer; to deliver a spool: flowbuffer sync", file=sys.stderr)
         sys.exit(2)
-    root, descriptor = Path(sys.argv[1]), int(sys.argv[2])
+    root, descriptor, environment = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     lock: FileLock | None = FileLock(OwnedFile(descriptor))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, maybe, by the program that started it
     descriptors = _raise_descriptor_limit()
@@ -152,11 +179,12 @@ def main() -> None:
         _import_stores(spool)
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, str(os.getpid()).encode(), 0)
-        superseded = _serve(spool, settings, wake, descriptors)
+        superseded = _serve(spool, settings, wake, descriptors, environment)
         lock.release()
         # Whoever came while the lock was held relied on this process.
-        newcomer = any(map(is_served, spool.folders())) and not superseded
-        lock = FileLock.take(collector_lock(root)) if newcomer else None
+        newcomer = any(is_served(folder, environment) for folder in spool.folders())
+        goes_on = newcomer and not superseded
+        lock = take_collector_lock(root, environment) if goes_on else None
 
 
 def _raise_descriptor_limit() -> int:
@@ -171,7 +199,9 @@ def _raise_descriptor_limit() -> int:
     return most
 
 
-def _serve(spool: Spool, settings: Settings, wake: WakeUp, descriptors: int) -> bool:
+def _serve(
+    spool: Spool, settings: Settings, wake: WakeUp, descriptors: int, environment: str
+) -> bool:
     """Deliver until the shift is over; whether another process has to go on."""
     collector = Collector(
         spool,
@@ -179,12 +209,13 @@ def _serve(spool: Spool, settings: Settings, wake: WakeUp, descriptors: int) -> 
         SYSTEM_CLOCK,
         living=True,
         wake=wake,
+        environment=environment,
         max_folders=max((descriptors - _OTHER_DESCRIPTORS) // _DESCRIPTORS_OF_A_FOLDER, 1),
     )
     uri = handed_on_uri()
     if uri is not None:
         collector.know(uri)
-    shift = Shift(collector, SYSTEM_CLOCK, settings.drain_timeout_s, handed_on_ms())
+    shift = Shift(collector, SYSTEM_CLOCK, settings.drain_timeout_s, handed_on_ms(), environment)
     while True:
         next_s = collector.step()
         if shift.over:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from flowbuffer.collector_thread import CollectorThread
 from flowbuffer.credentials import vouch_for
-from flowbuffer.handover import interpreter
+from flowbuffer.handover import fingerprint, interpreter
 from flowbuffer.notices import tell_outage, warn_once
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool, has_producer
@@ -28,10 +28,12 @@ class Delivery(Protocol):
     Attributes:
         spool: Where the folder is.
         goes_on: What happens to what is left when the process ends, for its last line.
+        environment: Of this process, where delivery depends on it, as a fingerprint.
     """
 
     spool: Spool
     goes_on: str
+    environment: str
 
     def begin(self, folder: Path) -> None:
         """The producer's folder is there."""
@@ -52,7 +54,7 @@ class Delivery(Protocol):
 class NoDelivery:
     """Nobody: points stay in the spool (``offline``)."""
 
-    goes_on = ""
+    goes_on = environment = ""
 
     def __init__(self, settings: Settings) -> None:
         self.spool = Spool(settings.resolved_spool_dir())
@@ -74,7 +76,7 @@ class NoDelivery:
 class DeliveryHere:
     """A thread of this process, or with ``delivery="inline"`` whoever waits."""
 
-    goes_on = ""
+    goes_on = environment = ""
 
     def __init__(self, settings: Settings, tracking_uri: str) -> None:
         self._uri = tracking_uri
@@ -117,14 +119,16 @@ class DeliveryByProcess(DeliveryHere):
     """The spool's collector process; while there is none, whoever waits."""
 
     def __init__(self, settings: Settings, tracking_uri: str) -> None:
+        self.environment = fingerprint()
         super().__init__(settings, tracking_uri)
         self.goes_on = (
             f"the collector process goes on for up to {settings.drain_timeout_s:g} s, or "
         )
 
     def _thread_of(self, settings: Settings) -> CollectorThread:
-        found = _threads.get(_key(settings))
-        return found or _threads.setdefault(_key(settings), Stopgap(settings, self._uri))
+        key = (*_key(settings)[:2], self.environment)
+        found = _threads.get(key)
+        return found or _threads.setdefault(key, Stopgap(settings, self._uri, self.environment))
 
     def tend(self) -> None:
         """Repeat here what goes wrong in the collector process, once."""
@@ -140,12 +144,12 @@ class DeliveryByProcess(DeliveryHere):
         return [folder for folder in self.spool.folders(run_id) if not has_producer(folder)]
 
 
-def _key(settings: Settings) -> tuple[Path, Settings]:
-    return settings.resolved_spool_dir(), settings
+def _key(settings: Settings) -> tuple[Path, Settings, str]:
+    return settings.resolved_spool_dir(), settings, ""
 
 
 #: One for all loggers of this process with one spool and the same settings.
-_threads: dict[tuple[Path, Settings], CollectorThread] = {}
+_threads: dict[tuple[Path, Settings, str], CollectorThread] = {}
 
 os.register_at_fork(after_in_child=_threads.clear)
 
@@ -156,8 +160,8 @@ def last_error(folder: Path) -> str:
     error = parked_reason(folder) or str(note.get("last_error", ""))
     if note.get("unauthorised"):
         error += (
-            " (the collector process has the credentials of the environment; where they exist only "
-            "in the process that logs, set FLOWBUFFER_DELIVERY=thread)"
+            " (the process that logs goes on with its own credentials, as they are in its "
+            "environment now: renew them there)"
         )
     return error
 

@@ -137,4 +137,22 @@ def environment_secrets() -> set[str]:
     return {value for name, value in os.environ.items() if _SECRET.search(name)}
 
 
+def environment_of_delivery() -> dict[str, str]:
+    """The variables on which it depends what servers can be reached from here, and as whom. Of a
+    secret only that it is there: no value of one, nor anything that is made of it, is given out."""
+    return {
+        name: "" if _SECRET.search(name) or "_KEY" in name else _USER_INFO.sub("", value)
+        for name, value in os.environ.items()
+        if _OF_DELIVERY.fullmatch(name) and value
+    }
+
+
+_OF_DELIVERY = re.compile(
+    r"PYTHONPATH|PYTHONHOME"
+    r"|MLFLOW_(?!TRACKING_URI$)(?:TRACKING|MYSQL_SSL|SQLALCHEMYSTORE)_.*"
+    r"|(?:HTTPS?|ALL|NO)_PROXY|(?:REQUESTS|CURL)_CA_BUNDLE|SSL_CERT_(?:FILE|DIR)"
+    r"|AWS_(?!BATCH_|LAMBDA_|EXECUTION_).*|(?:AZURE|GOOGLE|CLOUDSDK|DATABRICKS)_.*|PG[A-Z]+",
+    re.I,
+)
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
 _SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|(?:API|ACCESS|ACCOUNT|STORAGE|PRIVATE)_KEY$", re.I)

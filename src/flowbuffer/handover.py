@@ -3,16 +3,19 @@ environment, its lock, its pid, and what wakes it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import signal
 import sys
 from pathlib import Path
 
-from flowbuffer.environment import inherited, variable
+from flowbuffer.environment import environment_of_delivery, inherited, variable
+from flowbuffer.errors import SpoolError
 from flowbuffer.setting_values import variable_of
 from flowbuffer.settings import Settings
-from flowbuffer.spool.files import read_file
+from flowbuffer.spool.files import FileLock, read_file, write_file
 
 #: Has a collector look at the spool now. Whoever else gets it ignores it: that is its default.
 WAKE_SIGNAL = signal.SIGURG
@@ -85,22 +88,69 @@ def handed_on_ms() -> int:
 _INTERPRETER = re.compile(r"(python|pypy|graalpy)[\d.]*(t|d|td|-dbg|w)?(\.exe)?", re.IGNORECASE)
 
 
-def collector_lock(root: Path) -> Path:
-    """The file that the collector process of a spool holds locked; its content is its pid, once it
-    is ready to deliver."""
-    return root / "collector.lock"
+def fingerprint() -> str:
+    """Stands for what this process needs to reach its servers: its Python, and the environment. Two
+    jobs with the same one can have the same collector process. No secret's value is in it."""
+    said = [sys.prefix, sys.version_info[:2], environment_of_delivery()]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def wake_collector(root: Path) -> bool:
+def collector_lock(root: Path, environment: str = "") -> Path:
+    """The file that a collector process of a spool holds locked; its content is its pid, once it
+    is ready to deliver. The first one has ``collector.lock``, whatever its environment is; one with
+    another environment that works beside it has a file that is named after that."""
+    return root / (f"collector-{environment}.lock" if environment else "collector.lock")
+
+
+def take_collector_lock(root: Path, environment: str) -> FileLock | None:
+    """The lock for a new collector process with this environment; None if there is one."""
+    own = collector_lock(root, environment)
+    lock = FileLock.take(collector_lock(root), create=True)
+    if lock is None:
+        return None if _is_first(root, environment) else FileLock.take(own, create=True)
+    if FileLock.is_held(own):
+        lock.release()
+        return None
+    write_file(root / _FIRST, environment.encode())
+    return lock
+
+
+def same_environment(environment: str, other: str) -> bool:
+    """Whether these fingerprints are of the same environment; one that says nothing is of any."""
+    return environment == other or not (environment and other)
+
+
+def collector_works(root: Path, environment: str) -> bool:
+    """Whether there is a collector process with this environment."""
+    if FileLock.is_held(collector_lock(root, environment)):
+        return True
+    return _is_first(root, environment) and FileLock.is_held(collector_lock(root))
+
+
+def wake_collector(root: Path, environment: str = "") -> bool:
     """Have the collector process of a spool look at it now; whether there seems to be one."""
+    named = "" if _is_first(root, environment) else environment
     try:
-        pid = read_file(collector_lock(root), limit=20).decode()
+        pid = read_file(collector_lock(root, named), limit=20).decode()
         if re.fullmatch("[0-9]{1,10}", pid) and int(pid) > 1:
             os.kill(int(pid), WAKE_SIGNAL)
             return True
     except (OSError, OverflowError, UnicodeDecodeError):
         pass  # none yet, or none any more
     return False
+
+
+#: The fingerprint of the environment of the collector process that has ``collector.lock``.
+_FIRST = "collector.environment"
+
+
+def _is_first(root: Path, environment: str) -> bool:
+    try:
+        return read_file(root / _FIRST, limit=100).decode() in ("", environment)
+    except FileNotFoundError:
+        return True
+    except (OSError, SpoolError, UnicodeDecodeError):
+        return False
 
 
 def interpreter() -> str | None:

@@ -16,8 +16,8 @@ from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.handover import (
     START_COLLECTOR,
     collector_environment,
-    collector_lock,
     interpreter,
+    take_collector_lock,
 )
 from flowbuffer.settings import Settings
 from flowbuffer.spool.files import FileLock, open_file
@@ -39,9 +39,11 @@ class Launcher:
         root: The spool.
         settings: Of the loggers here.
         tracking_uri: Of the first of them, with credentials if it has any.
+        environment: The fingerprint of this process's.
     """
 
-    def __init__(self, root: Path, settings: Settings, tracking_uri: str) -> None:
+    def __init__(self, root: Path, settings: Settings, tracking_uri: str, environment: str) -> None:
+        self._environment = environment
         self._root = root
         self._settings = settings
         self._uri = tracking_uri
@@ -56,7 +58,7 @@ class Launcher:
         try:
             if not is_marked(self._root):
                 return  # it was wiped, and what is there now is somebody else's
-            lock = FileLock.take(collector_lock(self._root), create=True)
+            lock = take_collector_lock(self._root, self._environment)
             if lock is None:
                 if now_s - self._started_s > _SHORT_LIFE_S:
                     self._pause_s = 0.0
@@ -82,7 +84,7 @@ class Launcher:
             os.ftruncate(lock.descriptor, 0)  # of the last collector's pid
             log = self._open_log()
             starter = subprocess.Popen(
-                [*_forking(), str(self._root), str(lock.descriptor)],
+                [*_forking(), str(self._root), str(lock.descriptor), self._environment],
                 env=collector_environment(
                     self._settings, self._uri, self._since_ms, job_of_this_process()
                 ),

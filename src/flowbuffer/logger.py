@@ -236,7 +236,7 @@ class MetricLogger(LoggingCalls):
             self._use(PassThrough(self._run_id, self._uri, self._stored_key, SYSTEM_CLOCK))
         else:
             delivery = delivery_of(settings, self._uri)
-            directory = delivery.spool.add_producer(self._this_producer())
+            directory = delivery.spool.add_producer(self._this_producer(delivery.environment))
             producer = Producer(
                 directory, delivery.spool, settings, SYSTEM_CLOCK, delivery.push, self._stored_key
             )
@@ -245,7 +245,7 @@ class MetricLogger(LoggingCalls):
         self._is_open = True
         job_end.watch(self)
 
-    def _this_producer(self) -> Any:
+    def _this_producer(self, environment: str) -> Any:
         from flowbuffer.credentials import without_credentials
         from flowbuffer.spool.info import OFFLINE, this_producer
         from flowbuffer.transport import absolute_uri
@@ -258,6 +258,7 @@ class MetricLogger(LoggingCalls):
             **asdict(self._place),
             delivery=OFFLINE if settings.offline else settings.delivery,
             settings=settings.of_delivery(),
+            environment=environment,
             experiment=environment_experiment()[1],
         )
 

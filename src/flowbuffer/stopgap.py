@@ -72,11 +72,13 @@ class Stopgap(CollectorThread):
     Args:
         settings: Of the loggers.
         tracking_uri: Of the first of them, with credentials if it has any.
+        environment: The fingerprint of this process's.
     """
 
-    def __init__(self, settings: Settings, tracking_uri: str) -> None:
+    def __init__(self, settings: Settings, tracking_uri: str, environment: str) -> None:
         super().__init__(settings, "flowbuffer-watch")
-        self._launcher = Launcher(self.spool.root, settings, tracking_uri)
+        self._environment = environment
+        self._launcher = Launcher(self.spool.root, settings, tracking_uri, environment)
         self._folders: dict[Path, _Folder] = {}
         self._launched = False
         self._look_at_s = -math.inf
@@ -133,7 +135,7 @@ class Stopgap(CollectorThread):
 
     def _look(self, now_s: float) -> None:
         self._launcher.ensure()
-        ready = wake_collector(self.spool.root)
+        ready = wake_collector(self.spool.root, self._environment)
         for folder in self._folders.values():
             if folder.stream not in self.streams:
                 folder.stream = None

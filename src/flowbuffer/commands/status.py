@@ -110,15 +110,12 @@ def _ordered(rows: list[ProducerStatus]) -> tuple[ProducerStatus, ...]:
 
 
 def collector(root: Path) -> tuple[bool, int | None]:
-    """Whether a collector process works a spool, and its process id."""
-    path = collector_lock(root)
-    if not FileLock.is_held(path):
-        return False, None
-    try:
-        text = read_file(path, limit=32)
-    except FileNotFoundError:
-        return False, None
-    return True, int(text) if text.isdigit() else None
+    """Whether a collector process works a spool, and its process id; of several the first."""
+    for path in (collector_lock(root), *sorted(root.glob("collector-*.lock"))):
+        if FileLock.is_held(path):
+            text = read_file(path, limit=32)
+            return True, int(text) if text.isdigit() else None
+    return False, None
 
 
 def producer_status(folder: Path) -> ProducerStatus | None:

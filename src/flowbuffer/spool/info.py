@@ -31,6 +31,7 @@ class ProducerInfo:
         rank, local_rank, world_size: Its place in a distributed job; None outside one.
         delivery: Its setting of that name, or ``"offline"``.
         settings: Those of its settings that whoever delivers goes by.
+        environment: What it needs to reach its server, as a fingerprint; empty if it does not say.
         experiment: The experiment for a run that has to be created; None if nothing named one.
     """
 
@@ -44,6 +45,7 @@ class ProducerInfo:
     world_size: int | None = None
     delivery: str = "thread"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    environment: str = ""
     experiment: str | None = None
     format: int = FORMAT_VERSION
 
@@ -54,7 +56,7 @@ class ProducerInfo:
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("run_id", "tracking_uri", "host", "delivery"), (str,)),
+    **dict.fromkeys(("run_id", "tracking_uri", "host", "delivery", "environment"), (str,)),
     **dict.fromkeys(("pid", "start_ms"), (int,)),
     **dict.fromkeys(("rank", "local_rank", "world_size"), (int, type(None))),
     "settings": (dict,),

@@ -26,7 +26,7 @@ from flowbuffer.spool.key_table import KeyTable
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, REJECTED
 from flowbuffer.spool.open_segment import OpenSegment
 from flowbuffer.spool.outcomes import Outcome, is_there, keep_states, segment_outcome
-from flowbuffer.spool.states import names_in, points_in, segment_numbers
+from flowbuffer.spool.states import delivery_note, names_in, points_in, segment_numbers
 
 
 class Reader:
@@ -54,7 +54,7 @@ class Reader:
         self._clock = clock
         self._alive = alive  # a call may be between its reservation and its store
         self._closed = False
-        self._note: dict[str, Any] = {}
+        self._note = delivery_note(folder)  # of who had the folder before
         self._keys = KeyTable(folder / "keys", self.problems.append)
         self._blocks = Blocks(folder, self._keys, self._bury)
         self._open: list[OpenSegment] = []
