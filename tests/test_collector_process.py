@@ -508,7 +508,7 @@ def test_the_server_is_down_at_the_end(
         )
         ended = job.end()
         assert ended.status == 0
-        assert "1000 points" in ended.err
+        assert "1,000 points" in ended.err
         assert "flowbuffer sync --spool" in ended.err
         assert "the collector process goes on" in ended.err
         proxy.always(forward)

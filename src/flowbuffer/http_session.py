@@ -95,6 +95,13 @@ class Requests:
         finally:
             _here.deadline_s = None
 
+    def close(self) -> None:
+        """Close the connections that are not in use; the next request makes new ones."""
+        sessions, self._sessions = self._sessions, {}
+        for pid, session in sessions.items():
+            if pid == os.getpid():
+                session.close()
+
     def _send(
         self,
         method: str,

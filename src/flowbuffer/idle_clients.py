@@ -1,13 +1,17 @@
-"""Delivery's clients of databases that nobody uses just now.
+"""Delivery's clients that nobody uses just now.
 
-Making one takes 0.1 to 0.3 s, as MLflow looks whether the tables are those of its version: as long
-as all else that a short run needs. So it is kept for the next run; its connections are not.
+Making one of a database takes 0.1 to 0.3 s, as MLflow looks whether the tables are those of its
+version: as long as all else that a short run needs. So it is kept for the next run; its connections
+are not.
 """
 
 from __future__ import annotations
 
 import os
 from typing import Any
+
+from flowbuffer.delivery_client import store_of
+from flowbuffer.single_requests import SingleRequests
 
 #: Which store: the tracking URI, the seconds that a request may take, and the database's file.
 Which = tuple[str, float, tuple[int, int] | None]
@@ -25,11 +29,14 @@ def take(which: Which) -> Any:
 
 def keep(which: Which, client: Any) -> None:
     """Nobody uses a client any more; for now, or for good."""
-    store = client._tracking_client.store
+    store = store_of(client)
     engine = getattr(store, "engine", None)
-    if engine is None:
-        return
-    if engine not in _engines_of_the_process(store):
+    requests = getattr(getattr(store, "log_batch", None), "__self__", None)
+    if isinstance(requests, SingleRequests):
+        requests.close()
+    elif engine is None:
+        return  # of a store that is not known; its connections go with it
+    elif engine not in _engines_of_the_process(store):
         engine.dispose()  # closes its connections; it makes others when it is used again
     _idle[which] = client
     while len(_idle) > _MOST:

@@ -49,6 +49,10 @@ class SingleRequests:
         self._requests = Requests(timeout_s)
         self._withholds = withholds
 
+    def close(self) -> None:
+        """Close the connections that are not in use; the next request makes new ones."""
+        self._requests.close()
+
     def log_batch(self, run_id: str, metrics: Any, params: Any, tags: Any) -> None:
         """``POST mlflow/runs/log-batch``, as MLflow's REST API documents it."""
         from mlflow.protos.service_pb2 import LogBatch
