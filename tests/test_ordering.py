@@ -73,14 +73,16 @@ def test_a_key_reads_back_as_logged(points: list[Point]) -> None:
         return  # the promise does not cover it
     for key in {point[0] for point in points}:
         own = [
-            (repr(point), (time, point[2], stored(point[4])))
+            (repr(point[4]), point[3], (time, point[2], stored(point[4])))
             for time, point in zip(times, points, strict=True)
             if point[0] == key
         ]
         sent = [
             row
-            for (before, _), (point, row) in itertools.pairwise([("", ()), *own])
-            if point != before or "True" not in point
+            for (before, _, row_before), (value, explicit, row) in itertools.pairwise(
+                [("", False, ()), *own]
+            )
+            if not explicit or (value, row) != (before, row_before)
         ]
         assert sent == sorted(set(sent))
 
