@@ -30,6 +30,7 @@ POLICY = RetryPolicy(first_s=1.0, most_s=8.0, uniform=lambda _low, high: high)
         pytest.param(RetriableError("503"), 3, 4.0, id="doubled"),
         pytest.param(RetriableError("503"), 1000, 8.0, id="bounded"),
         pytest.param(RetriableError("429", 5.0), 1, 6.0, id="what the server asks for, and jitter"),
+        pytest.param(RetriableError("503", 1e9), 1, 3601.0, id="an hour at most"),
         pytest.param(UnauthorisedError("401"), 1, 1.0, id="soon: a gateway refuses for a while"),
         pytest.param(UnauthorisedError("401"), 3, 4.0, id="later while unauthorised"),
         pytest.param(UnauthorisedError("401"), 9, 30.0, id="slowly while unauthorised"),

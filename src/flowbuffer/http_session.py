@@ -189,9 +189,13 @@ class _SecureConnection(HTTPSConnection):
 class _Pool(HTTPConnectionPool):
     ConnectionCls = _Connection
 
+    def __str__(self) -> str:  # errors begin with it
+        return f"{self.host}:{self.port}"
+
 
 class _SecurePool(HTTPSConnectionPool):
     ConnectionCls = _SecureConnection
+    __str__ = _Pool.__str__
 
 
 _POOLS = {"http": _Pool, "https": _SecurePool}

@@ -10,6 +10,8 @@ from flowbuffer.errors import RunGoneError, TransportError, UnauthorisedError
 
 _UNAUTHORISED_FIRST_S = 1.0
 _GONE_FIRST_S = 5.0
+#: However long a server asks to be left alone: a gateway's mistake must not end delivery.
+_MOST_ASKED_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class RetryPolicy:
 
     def wait_s(self, error: TransportError, attempt: int) -> float:
         """Seconds to wait after failure number ``attempt`` (1 is the first)."""
-        asked_s = error.retry_after_s or 0.0
+        asked_s = min(error.retry_after_s or 0.0, _MOST_ASKED_S)
         doublings = 2.0 ** min(attempt - 1, 30)
         if isinstance(error, RunGoneError):
             return max(min(self.gone_s, _GONE_FIRST_S * doublings), asked_s)
