@@ -25,14 +25,15 @@ class Part:
 
     ``blamed``: they are the second half of what the server rejected. Once the first half is stored
     the fault must be in them, and sending them as a whole would be a request for nothing.
-    ``doubts``: how often sending them failed, for what may be their content, since the run had
-    ``stored_before`` requests stored. ``beside_others``: others were stored since.
+    ``doubts``: how often sending them failed, for what may be their content. ``stored_before``: how
+    many requests of the run were stored when it first did, of them or of what they were part of; -1
+    if it never did. ``beside_others``: others were stored since.
     """
 
     rows: Rows
     blamed: bool = False
     doubts: int = 0
-    stored_before: int = 0
+    stored_before: int = -1
     beside_others: bool = False
 
 
@@ -72,7 +73,7 @@ class Batch:
             stored: How many requests of the run have been stored so far.
         """
         part = self.parts[0]
-        if not part.doubts:
+        if part.stored_before < 0:
             part.stored_before = stored
         part.doubts += 1
         part.beside_others = stored > part.stored_before
@@ -128,6 +129,11 @@ class Batch:
 
     def _split(self, *, blame: bool) -> None:
         self.is_split = True
-        rows = self.parts.popleft().rows
-        half = (len(rows) + 1) // 2
-        self.parts.extendleft([Part(rows[half:], blamed=blame), Part(rows[:half])])
+        whole = self.parts.popleft()
+        half = (len(whole.rows) + 1) // 2
+        first, second = (
+            Part(rows, stored_before=whole.stored_before)
+            for rows in (whole.rows[:half], whole.rows[half:])
+        )
+        second.blamed = blame
+        self.parts.extendleft([second, first])
