@@ -10,7 +10,7 @@ import numpy as np
 from flowbuffer.ordering import Rows
 
 #: How often a request fails before its content may be to blame, while nothing else of the run is
-#: stored; how often, if something was stored since.
+#: stored, or if it is one point; how often, if something was stored since.
 DOUBTS = 5
 DOUBTS_BESIDE_OTHERS = 3
 
@@ -78,7 +78,7 @@ class Batch:
         part.doubts += 1
         part.beside_others = stored > part.stored_before
         if part.beside_others:
-            return part.doubts >= DOUBTS_BESIDE_OTHERS
+            return part.doubts >= (DOUBTS_BESIDE_OTHERS if len(part.rows) > 1 else DOUBTS)
         if part.doubts < DOUBTS and not self.is_split:
             return False
         if len(part.rows) > 1 and len(self.parts) < PARTS_IN_DOUBT:
