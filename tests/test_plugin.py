@@ -270,7 +270,7 @@ def test_an_unchanged_script_with_a_plugins_scheme(
 # Where the variable is not set.
 
 UNTOUCHED = """
-import __future__, importlib.metadata, json, sys, typing
+import __future__, atexit, importlib.metadata, json, sys, typing
 before = set(sys.modules)
 import flowbuffer.plugin
 alone = sorted(set(sys.modules) - before)
