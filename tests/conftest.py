@@ -52,6 +52,8 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv(
         "FLOWBUFFER_DELIVERY", "thread"
     )  # a collector process takes seconds to start
+    for name in ("SHUTDOWN", "READ"):  # on a busy machine the default may be too short
+        monkeypatch.setenv(f"FLOWBUFFER_{name}_TIMEOUT_S", "120")
     monkeypatch.chdir(tmp_path)
     notices._outages.clear()  # tests share ids of runs
     yield

@@ -118,7 +118,8 @@ def test_a_loop_costs_a_round_trip_per_call_and_a_wait_five_seconds(
     """
     said = start(service, code).facts()
     assert said["call_s"] > 0.05
-    assert 4.0 < said["wait_s"] < 10.0
+    assert said["wait_s"] > 4.0
+    assert service.count(POLLS) <= 40  # two for each
     assert steps(service) == list(range(20))
     assert service.count(POSTS) == 20
 
@@ -144,7 +145,7 @@ def test_the_status_of_the_jobs_own_run_is_left_to_the_service(
 
 def test_end_run_reports_finished_while_data_are_missing(serve: Service, start: Start) -> None:
     """Any other run is FINISHED as soon as it is ended, whatever is still in ingestion."""
-    service = serve(ingestion_delay_s=2.0)
+    service = serve(ingestion_delay_s=4.0)
     code = "with mlflow.start_run(): log(20)"
     start(service, code, AZUREML_RUN_ID="").facts()
     run = service.run(service.run_id)
@@ -177,7 +178,7 @@ def test_waiting_fails_after_the_timeout_although_the_data_arrive(
     serve: Service, start: Start
 ) -> None:
     """The plugin's timeout is looked at before the answer, so that it is a false one."""
-    service = serve(ingestion_delay_s=2.0)
+    service = serve(ingestion_delay_s=4.0)
     code = "with mlflow.start_run(): error_of(log(1)[0].wait)"
     said = start(service, code, MLFLOW_RUN_DATA_WAIT_TIMEOUT_SEC="1").facts()
     assert "Timed out waiting for run data to be available" in said["text"]
@@ -272,7 +273,7 @@ def test_after_a_fork_nothing_polls(serve: Service, start: Start) -> None:
         (operation,) = log(1, "child", run_id=run_id)
         waiter = threading.Thread(target=operation.wait, daemon=True)
         waiter.start()
-        waiter.join(3)
+        waiter.join(1)
         say(hangs=waiter.is_alive())
         os._exit(0)
     os.wait()

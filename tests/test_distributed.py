@@ -221,14 +221,16 @@ def test_a_child_does_not_wait(start_job: StartJob, tmp_path: Path) -> None:
                 child.start()
                 child.join()
                 assert child.exitcode == 0
-                assert time.monotonic() - start_s < 5
+                assert time.monotonic() - start_s < 50
+                say("did not wait")
+                hear()
             """
         ),
         "http://127.0.0.1:9",
-        FLOWBUFFER_SHUTDOWN_TIMEOUT_S="8",
+        FLOWBUFFER_SHUTDOWN_TIMEOUT_S="100",
     )
-    ended = job.end()
-    assert ended.status == 0, ended.err
+    job.expect("did not wait")
+    job.kill()
     end_collector(tmp_path / "spool")
     left = sum(path.read_bytes().count(b"\x17") for path in tmp_path.glob("spool/*/*/*.slots"))
     assert left >= POINTS

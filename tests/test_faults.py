@@ -32,7 +32,7 @@ from support.faults import (
     reset,
     status,
 )
-from support.waiting import PATIENCE_S, wait_until
+from support.waiting import PATIENCE_S, slack_s, wait_until
 
 KEYS = ("loss", "accuracy", "rate")
 
@@ -238,7 +238,8 @@ def test_server_killed_and_started(server_sqlite, run_id) -> None:
         def train() -> None:
             try:
                 while not stop.wait(0.01):
-                    loop.go_on(3)
+                    if loop.steps < 1000:  # a server may take long to start
+                        loop.go_on(3)
             except BaseException as error:
                 errors.append(error)
 
@@ -335,7 +336,7 @@ def train(uri: str, run_id: str, waiting: str) -> tuple[float, int, str, str]:
 def sync(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The status of `flowbuffer sync`, and what it printed."""
     capsys.readouterr()
-    code = cli.main(["sync", "--spool", str(spool()), "--timeout", "30"])
+    code = cli.main(["sync", "--spool", str(spool()), "--timeout", "150"])
     return code, capsys.readouterr().out.strip()
 
 
@@ -350,7 +351,7 @@ def test_server_never_comes_up(server_sqlite, proxy, run_id, capsys) -> None:
     proxy.down()
     seconds, pending, _, stderr = train(proxy.uri, run_id, "why = ''")
     assert pending == 500
-    assert 0.9 <= seconds < 3
+    assert 0.9 <= seconds < 2 + slack_s()
     assert f"flowbuffer sync --spool {spool()}" in stderr.splitlines()[-1]
     proxy.up()
     assert sync(capsys) == (0, "delivered 500, rejected 0, pending 0")

@@ -73,7 +73,7 @@ def run_ids(uri: str) -> list[str]:
 
 def synced(spool: Path, uri: str) -> str:
     """Deliver an offline job's spool; the id of the run that was created."""
-    sync = ["sync", "--spool", str(spool), "--tracking-uri", uri, "--timeout", "30"]
+    sync = ["sync", "--spool", str(spool), "--tracking-uri", uri, "--timeout", "150"]
     assert cli.main(sync) == 0
     (run_id,) = run_ids(uri)
     return run_id

@@ -11,7 +11,7 @@ import pytest
 
 from support.backends import free_port
 from support.jobs import StartJob, Store
-from support.waiting import PATIENCE_S, wait_until
+from support.waiting import PATIENCE_S, slack_s, wait_until
 
 POINTS = 3000  # three batches
 LOG = f"""
@@ -274,7 +274,7 @@ def test_a_dead_server_holds_up_no_exit(start_job: StartJob, tmp_path: Path, end
     """With the server gone the process ends within shutdown_timeout_s, and one line says how many
     points are left, where, and which command delivers them."""
     code, status = DEAD_ENDS[end]
-    timeout_s = 2.0
+    timeout_s = 1.0
     job = start_job(
         f"logger = MetricLogger(RUN)\n{LOG}\nsay('ending')\n{code}",
         uri=f"http://127.0.0.1:{free_port()}",
@@ -283,7 +283,7 @@ def test_a_dead_server_holds_up_no_exit(start_job: StartJob, tmp_path: Path, end
     job.expect("ending")
     ended = job.end()
     assert ended.status == status, ended.err
-    assert ended.seconds < timeout_s + 5  # busy machines
+    assert ended.seconds < timeout_s + 2 + slack_s()
     lines = [line for line in ended.err.splitlines() if line.startswith("flowbuffer:")]
     assert len(lines) == 1, ended.err
     assert f"{POINTS:,} points" in lines[0]
@@ -294,7 +294,7 @@ def test_many_loggers_share_the_time_at_the_end(start_job: StartJob) -> None:
     """With the server gone, several loggers together take no longer than one."""
     job = start_job(
         """
-        loggers = [MetricLogger(RUN) for _ in range(4)]
+        loggers = [MetricLogger(RUN) for _ in range(10)]
         for logger in loggers:
             logger.log_metric("loss", 1.0)
         say("ending")
@@ -304,8 +304,8 @@ def test_many_loggers_share_the_time_at_the_end(start_job: StartJob) -> None:
     )
     job.expect("ending")
     ended = job.end()
-    assert ended.seconds < 3.5
-    assert ended.err.count("1 point of run") == 4
+    assert ended.seconds < 1.5 + 2 + slack_s()
+    assert ended.err.count("1 point of run") == 10
 
 
 def test_what_was_left_is_delivered_by_the_command(

@@ -40,7 +40,7 @@ def spool(tmp_path: Path) -> Path:
 def sync(capsys: pytest.CaptureFixture[str], spool: Path, *options: str) -> tuple[int, str]:
     """The exit code of `flowbuffer sync`, and the line with its counts."""
     capsys.readouterr()
-    code = cli.main(["sync", "--spool", str(spool), "--timeout", "30", *options])
+    code = cli.main(["sync", "--spool", str(spool), "--timeout", "150", *options])
     return code, capsys.readouterr().out.splitlines()[-1]
 
 
@@ -204,7 +204,7 @@ def the_created_of(uri: str, run_id: str) -> str:
 
 def start_sync(spool: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "flowbuffer", "sync", "--spool", str(spool), "--timeout", "60"],
+        [sys.executable, "-m", "flowbuffer", "sync", "--spool", str(spool), "--timeout", "150"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

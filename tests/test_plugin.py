@@ -454,7 +454,7 @@ def test_sigkill_loses_nothing(scripts: Scripts, sqlite_uri: str, tmp_path: Path
     assert rows(sqlite_uri)[0] < 500
     spool = tmp_path / "spool"
     assert list(Spool(spool).folders(run_id))
-    assert cli.main(["sync", "--spool", str(spool), "--timeout", "30"]) == 0
+    assert cli.main(["sync", "--spool", str(spool), "--timeout", "150"]) == 0
     found = stored(sqlite_uri, run_id)
     assert found["histories"] == {"loss": [(repr(-float(step)), 0) for step in range(1, 501)]}
     assert (found["params"], found["tags"]) == ({"p": "1"}, {"step": "500"})

@@ -852,7 +852,7 @@ def test_offline_texts_are_synced(sqlite_uri: str, tmp_path: Path) -> None:
         logger.set_tag("t", "new")
     spool = str(tmp_path / "spool")
     assert (
-        cli.main(["sync", "--spool", spool, "--timeout", "30", "--tracking-uri", sqlite_uri]) == 0
+        cli.main(["sync", "--spool", spool, "--timeout", "150", "--tracking-uri", sqlite_uri]) == 0
     )
     runs = [run for run in client(sqlite_uri).search_runs(["0"]) if run.data.params]
     (data,) = [run.data for run in runs]
