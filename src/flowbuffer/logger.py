@@ -22,6 +22,7 @@ from flowbuffer.delivery import DeliveryHere, delivery_of, last_error, settings_
 from flowbuffer.environment import environment_experiment, environment_place
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.logging_calls import LoggingCalls
+from flowbuffer.notices import warn_without_gil
 from flowbuffer.report import Report, Stats
 from flowbuffer.settings import Settings, settings_with
 from flowbuffer.spool.places import sync
@@ -235,6 +236,7 @@ class MetricLogger(LoggingCalls):
 
             self._use(PassThrough(self._run_id, self._uri, self._stored_key, SYSTEM_CLOCK))
         else:
+            warn_without_gil()
             delivery = delivery_of(settings, self._uri)
             directory = delivery.spool.add_producer(self._this_producer(delivery.environment))
             producer = Producer(

@@ -65,3 +65,13 @@ def warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
         logging.getLogger("flowbuffer").warning("%s", text)
+
+
+def warn_without_gil() -> None:
+    """Say so, once, if threads run at the same time in this interpreter: what two of them do in one
+    operation is in order only by the interpreter's lock."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        warn_once(
+            "this Python runs without its global interpreter lock, and flowbuffer is not made for "
+            "that: points of several threads may be lost; start it with PYTHON_GIL=1"
+        )
