@@ -1,7 +1,6 @@
 """The interpreters that flowbuffer runs on."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,6 @@ from flowbuffer import MetricLogger, notices
 
 @pytest.mark.parametrize("has_gil", [True, False])
 def test_a_build_without_the_gil_is_warned_of_once(
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     has_gil: bool,

@@ -10,7 +10,7 @@ import pytest
 
 import flowbuffer.commands.sync
 import flowbuffer.sender
-from flowbuffer import cli
+from flowbuffer import MetricLogger, cli
 from flowbuffer.retry import RetryPolicy
 from flowbuffer.spool import layout
 from flowbuffer.spool.directory import Spool
@@ -62,6 +62,13 @@ def the_created(uri: str) -> str:
 
 def values(uri: str, run_id: str) -> list[float]:
     return [metric.value for metric in history(uri, run_id, "loss")]
+
+
+def test_nobody_is_waited_for_offline() -> None:
+    """A flush and the end of a logger that is offline take no time, however long they may take."""
+    with MetricLogger("run", tracking_uri=NOWHERE, offline=True, shutdown_timeout_s=3600) as logger:
+        logger.log_metric("loss", 1.0)
+        assert logger.flush(PATIENCE_S).pending == 1
 
 
 def test_an_offline_job_is_delivered_elsewhere(
