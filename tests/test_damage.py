@@ -18,7 +18,7 @@ from random import Random
 import pytest
 
 from flowbuffer import Settings
-from flowbuffer.collector import Collector
+from flowbuffer.collector import POLL_S, Collector
 from flowbuffer.errors import RejectedError, TransportError
 from flowbuffer.spool import layout
 from flowbuffer.spool.directory import Spool
@@ -120,7 +120,8 @@ def made(root: Path) -> dict[str, bytes]:
     for index in range(SLOTS):
         producer.append("loss", -1.0 if index == 5 else index / 3)
         clock.turn(0.01)
-    collector.drain()
+    while (next_s := collector.step(hurry=True)) < POLL_S:
+        clock.sleep(next_s)
     assert stream.reader.rejected == 1
     for index in range(SLOTS + 3):
         if index == SERIES_SLOT:
