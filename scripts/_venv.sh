@@ -2,25 +2,29 @@
 # on PATH a virtual environment, .venv, that holds the package (editable) and these dependency
 # groups. Installs only what is not there yet; concurrent callers wait for each other.
 # PYTHON names the interpreter for a new one; else the first usable one from 3.10 to 3.14.
-# A script that needs other versions sets venv before it calls.
+# A script that needs other versions sets venv, and newest if need be, before it calls.
 
 venv=.venv
-supported='import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))'
+newest=14 # of Python 3
+
+is_supported() {
+  "$1" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null
+}
 
 create_venv() {
   local python
   for python in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3.10 python3}; do
-    if "$python" -c "$supported" 2>/dev/null && "$python" -m venv --clear "$venv" >/dev/null 2>&1; then
+    if is_supported "$python" && "$python" -m venv --clear "$venv" >/dev/null 2>&1; then
       return
     fi
   done
-  echo "no usable Python 3.10 to 3.14 (with venv and pip) found; name one with PYTHON=" >&2
+  echo "no usable Python 3.10 to 3.$newest (with venv and pip) found; name one with PYTHON=" >&2
   return 1
 }
 
 install_groups() {
   local group stamp missing=()
-  "$venv/bin/python" -c "$supported" 2>/dev/null || create_venv
+  is_supported "$venv/bin/python" || create_venv
   stamp="$(cksum <pyproject.toml) $("$venv/bin/python" -VV) $PWD"
   for group in package "$@"; do
     [[ -f $venv/stamp-$group && $(<"$venv/stamp-$group") == "$stamp" ]] || missing+=("$group")
