@@ -97,7 +97,10 @@ class Site:
     def _held(self) -> list[str]:
         """The locks that somebody holds."""
         root = self.settings.resolved_spool_dir()
-        return [lock.name for lock in root.glob("**/*.lock") if FileLock.is_held(lock)]
+        try:
+            return [lock.name for lock in root.glob("**/*.lock") if FileLock.is_held(lock)]
+        except FileNotFoundError:
+            return ["of a folder that is being deleted"]
 
     def _values(self, key: str) -> list[float]:
         return [value for _, _, value in self.transport.history(RUN, key)]
