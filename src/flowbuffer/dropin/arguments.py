@@ -67,9 +67,9 @@ def exact_key(given: Any, *, over_http: bool) -> str | MetricKey:
 
 
 def exact_integer(given: Any, low: int = -_INT64) -> int:
-    """A step or a timestamp. MLflow's clients differ in what they make of a float."""
+    """A step or a timestamp. MLflow's clients differ in what they make of a float or a bool."""
     if type(given) is not int:
-        if not isinstance(given, Integral):
+        if not isinstance(given, Integral) or isinstance(given, bool):
             raise NotBuffered
         given = int(given)
     if not low <= given < _INT64:

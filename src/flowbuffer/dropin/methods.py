@@ -66,12 +66,14 @@ class Methods(Calls):
 
     def _remember(self, uri: str, run_id: str, params: Any) -> None:
         """MLflow itself has stored these parameters."""
-        if not are_certain(params):
-            forget_run(run_id)  # nobody knows any more what they were
-        elif params:
-            known = known_run(settled_uri(uri), run_id)
+        try:
+            if not are_certain(params):
+                raise NotBuffered
+            known = known_run(settled_uri(uri), run_id) if params else None
             if known is not None:
                 known.remember_params(params)
+        except NotBuffered:
+            forget_run(run_id)  # nobody knows any more what they were
 
     def _key(self, key: Any, model_id: Any, name: Any, digest: Any) -> Any:
         """What a metric is logged under; it is about the active model if about no other one."""

@@ -140,8 +140,13 @@ class BufferedRun:
 
         return self._log_texts(new_params, append)
 
+    @looks
     def remember_params(self, params: Any) -> None:
-        """MLflow itself has stored these ``Param`` objects."""
+        """MLflow itself has stored these ``Param`` objects.
+
+        Raises:
+            NotBuffered: They are of a kind that nobody knows what was stored.
+        """
         stored = {exact_text(one.key, over_http=True): str(one.value) for one in params}
         with self._params_lock:
             self._params.update(stored)
