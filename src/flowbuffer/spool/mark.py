@@ -107,8 +107,11 @@ def mark(root: Path) -> None:
 
 def unfinished_marks(root: Path) -> list[Path]:
     """What a process that died while it marked the spool left behind."""
-    with os.scandir(root) as found:
-        return [Path(entry.path) for entry in found if _UNFINISHED.fullmatch(entry.name)]
+    try:
+        with os.scandir(root) as found:
+            return [Path(entry.path) for entry in found if _UNFINISHED.fullmatch(entry.name)]
+    except FileNotFoundError:
+        return []  # wiped
 
 
 def _others(entries: list[os.DirEntry[str]]) -> list[str]:
@@ -161,13 +164,17 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def foreign(folder: Path) -> list[str]:
-    """The names of what is in a producer's folder, and was not made by flowbuffer."""
-    with os.scandir(folder) as found:
-        return sorted(
-            entry.name
-            for entry in found
-            if not (is_own_file(entry.name) and entry.is_file(follow_symlinks=False))
-        )
+    """The names of what is in a producer's folder, and was not made by flowbuffer; none if it was
+    wiped."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(
+                entry.name
+                for entry in found
+                if not (is_own_file(entry.name) and entry.is_file(follow_symlinks=False))
+            )
+    except FileNotFoundError:
+        return []
 
 
 def _version(root: Path) -> int | None:
