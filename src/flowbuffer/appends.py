@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from flowbuffer.errors import InvalidPoint
 from flowbuffer.spool.places import Places
@@ -56,6 +56,14 @@ class Lenience:
                 return [*error.stored, None, str(error)]
 
         return append_or_count
+
+
+def _codes(*around: Any) -> set[Any]:
+    return {one.__code__ for one in around}
+
+
+#: What is run around a producer's method.
+WRAPPERS: Final = _codes(then(list, lambda _: None), Lenience().around(list))
 
 
 def _keys_in(args: tuple[Any, ...]) -> str:

@@ -146,7 +146,8 @@ class Collector:
         self._given_up: dict[Path, float] = {}  # living producers' folders, and until when
 
     def add(self, folder: Path, tracking_uri: str) -> Stream | None:
-        """Deliver what is, and will be, in a producer's folder; None if another collector does.
+        """Deliver what is, and will be, in a producer's folder; None if another collector does, or
+        there are too many just now.
 
         Raises:
             SpoolError: The folder is not this user's alone, or not of this format.
@@ -154,6 +155,10 @@ class Collector:
         for stream in self.streams:
             if stream.claim.path == folder:
                 return stream
+        if len(self.streams) >= self._max_folders:
+            self._give_back(1, self._clock.monotonic_s())
+            if len(self.streams) >= self._max_folders:
+                return None
         claim = self.spool.claim(folder, living=True)
         return (
             None

@@ -7,6 +7,7 @@ no lock and waits for none. So a signal handler that interrupts them at any line
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from flowbuffer.background import Background, Wake
 from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.descriptors import most_producers
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool
 
@@ -26,6 +28,8 @@ _log = logging.getLogger("flowbuffer")
 #: How long who asked for something waits until it is begun, and who ends until a round is over in
 #: which a folder may be deleted, in s. Nothing depends on either but what others see.
 _SOON_S = 1.0
+#: How often it is looked whether a folder has to be taken, in s.
+_LOOK_EVERY_S = 0.2
 
 
 class User(Protocol):
@@ -52,6 +56,7 @@ class CollectorThread:
         self._background = Background(name, self._work, lambda: not self._asked.empty())
         self._inline = settings.delivery == "inline"
         self._in_round = False
+        self._look_at_s = -math.inf
         self._made: Collector | None = None
 
     # For any thread, and for signal handlers.
@@ -118,6 +123,13 @@ class CollectorThread:
             self._in_round = False
 
     def _step(self, hurry: bool) -> float:
+        now_s = SYSTEM_CLOCK.monotonic_s()
+        if now_s >= self._look_at_s:
+            self._look_at_s = now_s + _LOOK_EVERY_S
+            served = {stream.claim.path for stream in self.streams}
+            for folder in list(self._users):
+                if folder not in served:  # there were too many
+                    self._hurry(folder)
         return self._collector.step(hurry=hurry)
 
     def _wait(self, next_s: float) -> None:
@@ -150,7 +162,13 @@ class CollectorThread:
     def _make(self) -> Collector:
         from flowbuffer.collector import Collector
 
-        return Collector(self.spool, self._settings, SYSTEM_CLOCK, wake=self._wake)
+        return Collector(
+            self.spool,
+            self._settings,
+            SYSTEM_CLOCK,
+            wake=self._wake,
+            max_folders=most_producers(),
+        )
 
     def _close(self) -> None:
         if self._made is not None:

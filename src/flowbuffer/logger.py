@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from flowbuffer import job_end
+from flowbuffer import job_end, open_loggers
 from flowbuffer.active_run import end_run, find_run, run_id_of, settled_uri
 from flowbuffer.appends import Append, Lenience, then
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
@@ -40,8 +40,10 @@ _log = logging.getLogger("flowbuffer")
 _INTERNAL = {"close_at_end", "closes_with_run", "end_of_run", "flush_at_end"} | {
     "folder",
     "is_held_up",
+    "let_go",
     "logged",
     "shows_progress",
+    "used",
 }
 
 
@@ -237,13 +239,22 @@ class MetricLogger(LoggingCalls):
             self._use(PassThrough(self._run_id, self._uri, self._stored_key, SYSTEM_CLOCK))
         else:
             warn_without_gil()
+            open_loggers.add(self)
             delivery = delivery_of(settings, self._uri)
-            directory = delivery.spool.add_producer(self._this_producer(delivery.environment))
+            before = self._spooling
+            left = None if before is None else before.left
+            after, files = (None, None) if left is None else (left.folder, left.files())
+            directory = delivery.spool.add_producer(
+                self._this_producer(delivery.environment), after, files
+            )
             producer = Producer(
                 directory, delivery.spool, settings, SYSTEM_CLOCK, delivery.push, self._stored_key
             )
+            if left is not None:
+                producer.go_on_from(left.producer)
             delivery.begin(directory.path)
-            self._use(Spooling(producer, delivery, shows_progress=self.shows_progress))
+            shown = self.shows_progress
+            self._use(Spooling(producer, delivery, shows_progress=shown, before=before))
         self._is_open = True
         job_end.watch(self)
 
@@ -302,6 +313,7 @@ class MetricLogger(LoggingCalls):
         spooling = self._spooling
         self._log_by(self._refusing if self._ended else self._reopening)
         self._is_open = False
+        open_loggers.remove(self)
         wait = spooling is None or not (reopens and spooling.is_left_to_others)
         interrupt: KeyboardInterrupt | None = None
         if spooling is not None:
@@ -330,10 +342,37 @@ class MetricLogger(LoggingCalls):
         if self._spooling is None:
             counts: dict[str, Any] = {"delivered": getattr(self._recorder, "stored", 0)}
         else:
-            counts = self._spooling.ledger.counts()
+            counts = self._spooling.counts()
         if self._lenience.invalid:
             counts["dropped"] = {**counts.get("dropped", {}), "invalid": self._lenience.invalid}
         return counts
+
+    # A logger of which others need the descriptors is no producer until its next call.
+
+    def used(self) -> object:
+        """Something that is another thing once it was used again."""
+        return None if self._spooling is None else self._spooling.producer.used()
+
+    def let_go(self) -> bool:
+        """Be no producer until the next call that logs, which makes it one anew; False if it is
+        none, or a call is being made."""
+        if not self._opening.acquire(blocking=False):
+            return False
+        try:
+            spooling = self._spooling
+            if spooling is None or not self._is_open or open_loggers.is_in_call(spooling.producer):
+                return False
+            self._is_open = False
+            self._log_by(self._reopening)
+            if open_loggers.is_in_call(spooling.producer):  # from now on none can begin
+                if not self._is_open:
+                    self._is_open = True
+                    self._use(spooling)
+                return False
+            spooling.let_go()
+            return True
+        finally:
+            self._opening.release()
 
     # After a fork the child is another process: its first call makes it a producer of its own.
     # So does a call after the end of the job, by an atexit handler of the program's.
@@ -352,6 +391,8 @@ class MetricLogger(LoggingCalls):
     def _reopening(self, name: str) -> Callable[..., Any]:
         def reopen(*args: Any) -> Any:
             with self._opening:
+                if self._ended:
+                    _refuse()
                 if not self._is_open:
                     self._open()
             return getattr(self, f"_{name}")(*args)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flowbuffer import job_end
 from flowbuffer.delivery import Delivery, DeliveryByProcess, NoDelivery
@@ -13,6 +15,7 @@ from flowbuffer.progress import Progress
 from flowbuffer.report import Report
 from flowbuffer.spool.producer import Producer
 from flowbuffer.spool.states import Waiting, park, parked_reason, want
+from flowbuffer.succession import Inheritance, inheritance
 
 
 class Spooling:
@@ -22,9 +25,22 @@ class Spooling:
         producer: Takes the points.
         delivery: Delivers them.
         shows_progress: Whether a person is told how a wait goes.
+        before: What the same logger held before; it counts, and is waited for, too.
+
+    Attributes:
+        left: What the producer leaves to the next one, once it was let go.
     """
 
-    def __init__(self, producer: Producer, delivery: Delivery, *, shows_progress: bool) -> None:
+    def __init__(
+        self,
+        producer: Producer,
+        delivery: Delivery,
+        *,
+        shows_progress: bool,
+        before: Spooling | None = None,
+    ) -> None:
+        self.left: Inheritance | None = None
+        self._before = before
         self.producer = producer
         self.delivery = delivery
         self.ledger = Ledger(producer, delivery)
@@ -42,14 +58,27 @@ class Spooling:
         collector process with it: the child need not wait."""
         return isinstance(self.delivery, DeliveryByProcess) and job_end.is_child()
 
+    def counts(self) -> dict[str, Any]:
+        """The fields of a report, but for the time that it took."""
+        own = self.ledger.counts()
+        if self._before is None:
+            return own
+        earlier = self._before.counts()
+        dropped = Counter(earlier.pop("dropped")) + Counter(own.pop("dropped"))
+        return {**Counter(earlier) + Counter(own), "dropped": dict(dropped)}
+
+    def let_go(self) -> None:
+        """Leave what was logged to others, until somebody waits for it; nobody may be in a call."""
+        self.producer.stop()
+        self.ledger.counts()  # while the folder is there
+        self.left = inheritance(self.producer)
+        self.producer.close()
+        self.producer.directory.lock.release()
+        self.leave()
+
     def flush(self, deadline_s: float | None, *, ends: bool = False) -> None:
         """Wait until everything that was logged before is settled, or cannot be."""
-        waiting = Waiting(self.folder, self._hurry())
-        over = self._wait(
-            lambda: waiting.is_over() or parked_reason(self.folder) is not None,
-            deadline_s,
-            ends=ends,
-        )
+        over = self._wait(self._look(), deadline_s, ends=ends)
         if over and ends:
             job_end.patience.succeed()
 
@@ -62,7 +91,7 @@ class Spooling:
 
     def drain(self, deadline_s: float) -> None:
         """Once it is stopped: wait until everything is settled, or cannot be."""
-        over = self._wait(self.ledger.is_let_go, deadline_s)
+        over = self._wait(self._is_let_go, deadline_s)
         # What dead producers left is worth waiting for while it gets somewhere.
         if self._wait(self.delivery.is_idle, deadline_s) and over:
             job_end.patience.succeed()
@@ -81,11 +110,30 @@ class Spooling:
 
     def leave(self) -> None:
         """Nobody waits any more. Who was interrupted does not even wait for that to be heard."""
+        if self._before is not None:
+            self._before.leave()
         if not self.ledger.is_there():
             self.producer.directory.lock.release()
         if not self._has_left and not job_end.patience.interrupted:
             self._has_left = True
             self.delivery.end()
+
+    def _look(self) -> Callable[[], bool]:
+        """Have everything sent; looks whether all of it is settled, or cannot be."""
+        waiting = Waiting(self.folder, self._hurry())
+        earlier = self._before._look() if self._before is not None else lambda: True
+        return lambda: (waiting.is_over() or parked_reason(self.folder) is not None) and earlier()
+
+    def _is_let_go(self) -> bool:
+        return self.ledger.is_let_go() and (self._before is None or self._before._is_let_go())
+
+    def _push(self) -> None:
+        if self._has_left and self.left is not None and self.ledger.is_there():
+            self._has_left = False
+            self.delivery.begin(self.folder)
+        self.delivery.push()
+        if self._before is not None:
+            self._before._push()
 
     def _hurry(self) -> tuple[int, int]:
         """Have everything that was logged until now sent without lingering; where that ends.
@@ -99,10 +147,10 @@ class Spooling:
     def _wait(
         self, until: Callable[[], bool], deadline_s: float | None, *, ends: bool = True
     ) -> bool:
-        shown = Progress(self.ledger.counts, deadline_s, off=not self._shows_progress)
+        shown = Progress(self.counts, deadline_s, off=not self._shows_progress)
 
         def meanwhile(waited_s: float) -> None:
-            self.delivery.push()
+            self._push()
             shown.show(waited_s)
 
         try:

@@ -59,9 +59,13 @@ def write_carry(folder: Path, carry: Carry, segment: Path) -> None:
         segment: The file of the segment that is to be deleted; its room is taken if there is no
             other, and then it is gone.
     """
+    write_in_room_of(segment, folder / "carry", carry_frame(carry))
+
+
+def carry_frame(carry: Carry) -> bytes:
+    """The content of the file."""
     *head, derived = carry
-    frame = layout.frame(layout.FORMAT_VERSION, _HEAD.pack(*head) + derived)
-    write_in_room_of(segment, folder / "carry", frame)
+    return layout.frame(layout.FORMAT_VERSION, _HEAD.pack(*head) + derived)
 
 
 def write_in_room_of(doomed: Path, path: Path, content: bytes) -> None:

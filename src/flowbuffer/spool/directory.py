@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -143,24 +143,41 @@ class Spool:
             raise SpoolError(f"the spool {self.root} lies on a {kind} file system; {MOVE_IT}")
         return used
 
-    def add_producer(self, info: ProducerInfo) -> ProducerDirectory:
+    def add_producer(
+        self,
+        info: ProducerInfo,
+        after: Path | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> ProducerDirectory:
         """A new folder for one producer, its lock held.
+
+        Args:
+            info: Who the producer is.
+            after: A folder of the same process and run, behind which it sorts, so that whoever
+                delivers both comes to it second.
+            files: What else is in it from the first moment, by name.
 
         Raises:
             SpoolError: It cannot be made.
         """
         try:
-            return self._add_producer(info)
+            return self._add_producer(info, after, files or {})
         except OSError as error:
             if isinstance(error, SpoolError):
                 raise
             raise SpoolError(f"no producer's folder can be made in {self.root}: {error}") from error
 
-    def _add_producer(self, info: ProducerInfo) -> ProducerDirectory:
+    def _add_producer(
+        self, info: ProducerInfo, after: Path | None, files: Mapping[str, bytes]
+    ) -> ProducerDirectory:
         if not is_marked(self.root):
             self.make()  # it was wiped
         run = self.root / escaped(info.run_id)
-        name = f"{escaped(info.host)[:40]}-{info.pid}-{os.urandom(6).hex()}"
+        if after is None:
+            serial = os.urandom(6).hex()
+        else:
+            serial = f"{int(after.name[-12:], 16) + 1:012x}"[-12:]
+        name = f"{escaped(info.host)[:40]}-{info.pid}-{serial}"
         unborn = run / f".{name}"
         for _ in range(10):  # another process may remove the empty folder of the run meanwhile
             _private_directory(run)
@@ -172,6 +189,8 @@ class Spool:
         lock = FileLock.take(unborn / "producer.lock", create=True)
         if lock is None:
             raise SpoolError(f"the new folder {unborn} is locked by another process")
+        for file, content in files.items():
+            write_file(unborn / file, content)
         write_file(unborn / "producer.json", info.to_json())
         unborn.rename(run / name)
         return ProducerDirectory(run / name, info, lock)

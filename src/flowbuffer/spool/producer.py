@@ -115,6 +115,15 @@ class Producer:
         """Points for which there was no room, by reason."""
         return self._room.dropped
 
+    def go_on_from(self, before: Producer) -> None:
+        """Begin with the key ids of another producer, whose key table is in the folder already."""
+        self._keys.go_on_from(before._keys)
+
+    def used(self) -> object:
+        """Something that is another thing after each call that stored a point."""
+        reserve, _, segment = self._current
+        return segment.number, repr(reserve.__self__)  # type: ignore[attr-defined]
+
     # The calls that log. Everything that can fail comes before the reservation.
 
     def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None) -> Places:

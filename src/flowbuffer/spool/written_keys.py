@@ -43,6 +43,12 @@ class WrittenKeys:
         self._new_id = itertools.count().__next__
         self._unused: list[int] = []  # of keys for which there was no room
 
+    def go_on_from(self, before: WrittenKeys) -> None:
+        """Begin with the ids of another producer's keys, which the file has already."""
+        self.metrics.update(before.metrics)
+        self.texts.update(before.texts)
+        self._new_id = itertools.count(before._new_id() + 1).__next__
+
     def add_metric(self, key: Any, points: int = 1) -> int | None:
         """The id of a metric's key; None if its ``points`` were dropped, as there is no room.
 
