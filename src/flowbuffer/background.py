@@ -57,6 +57,7 @@ class Background:
         self._has_work = has_work
         # Of whoever works. Who asks only looks at it, and never waits for it.
         self._turn = threading.Lock()
+        self._standing_in = 0  # the thread that does, in another one's place
 
     @property
     def at_work(self) -> bool:
@@ -77,9 +78,17 @@ class Background:
         somebody is at it: a thread, or the frame that this call interrupted."""
         if self._turn.acquire(blocking=False):
             try:
+                self._standing_in = threading.get_ident()
                 work()
             finally:
+                self._standing_in = 0
                 self._turn.release()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether this very thread was standing in when a signal handler, or ``__del__``, asked:
+        nothing more is done before that returns."""
+        return self._standing_in == threading.get_ident()
 
     def _run(self) -> None:
         # Not twice at once: who saw no thread may have looked just before another one began.

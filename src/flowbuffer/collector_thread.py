@@ -76,6 +76,11 @@ class CollectorThread:
         self._ask(lambda: self._hurry(folder))
 
     @property
+    def is_interrupted(self) -> bool:
+        """Whether who asks has interrupted the round itself; waiting is in vain then."""
+        return self._background.is_interrupted
+
+    @property
     def streams(self) -> list[Stream]:
         """What it delivers just now."""
         return [] if self._made is None else list(self._made.streams)

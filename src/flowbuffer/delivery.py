@@ -44,6 +44,9 @@ class Delivery(Protocol):
     def end(self) -> None:
         """The producer is closed, and nobody waits any more."""
 
+    def is_interrupted(self) -> bool:
+        """Whether delivery goes on only when who asks has returned: it is a signal handler."""
+
     def is_idle(self) -> bool:
         """Whether waiting for what dead producers left gets nobody anywhere."""
 
@@ -65,6 +68,9 @@ class NoDelivery:
     def push(self) -> None: ...
 
     def end(self) -> None: ...
+
+    def is_interrupted(self) -> bool:
+        return False
 
     def is_idle(self) -> bool:
         return True
@@ -103,6 +109,9 @@ class DeliveryHere:
             self._thread.leave(self._folder)
 
     def tend(self) -> None: ...
+
+    def is_interrupted(self) -> bool:
+        return self._thread.is_interrupted
 
     def is_idle(self) -> bool:
         return all(stream.stuck for stream in self._thread.streams if stream.adopted)

@@ -154,6 +154,8 @@ class Spooling:
             shown.show(waited_s)
 
         try:
-            return job_end.patience.wait(until, deadline_s, meanwhile, ends=ends)
+            return job_end.patience.wait(
+                lambda: until() or self.delivery.is_interrupted(), deadline_s, meanwhile, ends=ends
+            )
         finally:
             shown.close()
