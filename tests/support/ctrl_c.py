@@ -281,11 +281,10 @@ class Site:
                 process.stdin.flush()
                 pass_time(at_s)
                 start_s = time.monotonic()
-                for press in range(presses):
-                    if press:
-                        pass_time(_BETWEEN_S)
-                    if process.poll() is None:
-                        process.send_signal(signal.SIGINT)
+                for _ in range(presses):
+                    process.send_signal(signal.SIGINT)  # nothing happens if it has ended
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(_BETWEEN_S)
                 status = process.wait(60)
                 seconds = time.monotonic() - start_s
                 err = read()
