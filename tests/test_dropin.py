@@ -1001,7 +1001,7 @@ def with_active_model(c: MlflowClient, r: str, ids: list[str]) -> None:
     mlflow.log_metric("k", 0.5, run_id=r)
     mlflow.log_metrics({"k": 2.0, "j": 1.0}, step=1)
     c.log_metric(r, "k", 3.0, step=2)
-    c.log_batch(r, [Metric("k", 4.0, T * 2, 3)])
+    c.log_batch(r, [Metric("k", 4.0, T, 3)])  # given, and past: what follows has its own time
     mlflow.log_metric("k", 5.0, step=3, model_id=ids[1])
     mlflow.log_param("p", 1)
     mlflow.set_tag("t", 1)
@@ -1488,7 +1488,8 @@ def test_a_run_that_another_thread_ends_meanwhile(
     """Between the look at the run and the store its logger may be closed, by a run that ends in
     another thread: MLflow takes the call then, and nothing is raised in it."""
     logger = flowbuffer.MetricLogger(run_id, tracking_uri=sqlite_uri)
-    run = runs.BufferedRun(logger, {}, has_models=False)
+    store = MlflowClient(sqlite_uri)._tracking_client.store
+    run = runs.BufferedRun(logger, store, {}, has_models=False)
     logger.close()
     with pytest.raises(runs.NotBuffered):
         log(run)

@@ -76,7 +76,7 @@ def test_a_child_waits_for_a_point_of_its_parent(start_job: StartJob, delivery: 
         handle = logger.log_metric("loss", 1.0)
         pid = os.fork()
         if pid == 0:
-            handle.wait(PATIENCE_S)
+            handle.wait({PATIENCE_S})
             os._exit(17 if handle.done() else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 17
         assert handle.done()

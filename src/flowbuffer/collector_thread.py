@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from flowbuffer.background import Background, Wake
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.descriptors import most_producers
+from flowbuffer.forks import whole
 from flowbuffer.settings import Settings
 from flowbuffer.spool.directory import Spool
 
@@ -106,7 +107,8 @@ class CollectorThread:
 
     def _drain(self) -> None:
         """Rounds until nothing is due at once."""
-        from flowbuffer.collector import POLL_S
+        with whole:
+            from flowbuffer.collector import POLL_S
 
         try:
             while (next_s := self._round(hurry=True)) < POLL_S:
@@ -165,7 +167,8 @@ class CollectorThread:
         return self._made
 
     def _make(self) -> Collector:
-        from flowbuffer.collector import Collector
+        with whole:
+            from flowbuffer.collector import Collector
 
         return Collector(
             self.spool,

@@ -8,13 +8,12 @@ queue does otherwise.
 
 from __future__ import annotations
 
-import os
-import threading
 from typing import Any
 
 from flowbuffer.azureml_client import never_prompt, use_single_requests
 from flowbuffer.credentials import check_may_ask, hide
 from flowbuffer.errors import RetriableError
+from flowbuffer.forks import whole
 from flowbuffer.handover import handed_on_uri
 from flowbuffer.shipped import shipped
 from flowbuffer.single_requests import SingleRequests
@@ -45,36 +44,6 @@ class _CallersQueue:
         return True
 
 
-# MLflow takes locks, and imports, when it makes a store. A fork in that moment would leave them
-# held for ever in the child, so it waits; but not for long.
-_making = threading.Lock()
-_fork_holds_it = False
-_forked = False
-
-
-def _before_fork() -> None:
-    global _fork_holds_it
-    _fork_holds_it = _making.acquire(timeout=5.0)
-
-
-def _after_fork_in_parent() -> None:
-    if _fork_holds_it:
-        _making.release()
-
-
-def _after_fork_in_child() -> None:
-    global _forked, _making
-    _forked = True
-    _making = threading.Lock()
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)
-
-
 def warm_up(uri: str) -> None:
     """Import what :func:`delivery_client` will need: seconds, the first time."""
     from importlib import import_module
@@ -97,7 +66,7 @@ def delivery_client(uri: str, timeout_s: float) -> Any:
     """
     hide(uri)
     check_may_ask(uri)
-    with _making:
+    with whole:  # MLflow takes locks, and imports, when it makes a store
         try:
             return _made(uri, timeout_s)
         except Exception as error:
@@ -113,7 +82,7 @@ def _made(uri: str, timeout_s: float) -> Any:
     store = _tracking_store_registry.get_store_builder(uri)(store_uri=uri, artifact_uri=None)
     if hasattr(store, "_async_logging_queue"):
         store._async_logging_queue = _CallersQueue(store)
-    if _forked and hasattr(store, "engine"):
+    if whole.in_child and hasattr(store, "engine"):
         store.engine.dispose(close=False)  # its connections are the parent's
     if type(store) is RestStore:
         requests = SingleRequests(store, timeout_s)

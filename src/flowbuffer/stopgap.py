@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.collector_thread import CollectorThread, User
+from flowbuffer.forks import whole
 from flowbuffer.handover import wake_collector
 from flowbuffer.launcher import Launcher
 from flowbuffer.settings import Settings
@@ -162,7 +163,8 @@ class Stopgap(CollectorThread):
         return now_s - folder.waits_s < _WAITS_FOR_S
 
     def _make(self) -> Collector:
-        from flowbuffer.collector import Collector
+        with whole:
+            from flowbuffer.collector import Collector
 
         return Collector(
             self.spool,

@@ -13,6 +13,7 @@ from numbers import Integral
 from operator import attrgetter
 from typing import Any, ParamSpec, TypeVar
 
+from flowbuffer.dropin.modes import OwnTime
 from flowbuffer.spool.layout import TAG
 from flowbuffer.spool.points import MetricKey, checked_key, checked_text
 
@@ -79,7 +80,7 @@ def exact_integer(given: Any, low: int = -_INT64) -> int:
 
 def exact_time(given: Any) -> int | None:
     """A timestamp; None is the time of the call."""
-    return None if given is None else exact_integer(given, 0)
+    return None if given is None or type(given) is OwnTime else exact_integer(given, 0)
 
 
 def exact_value(given: Any) -> float:

@@ -77,9 +77,15 @@ class Calls:
             and self._utils._get_store is self._get_store
         )
 
+    @staticmethod
+    def _has_own_clock() -> bool:
+        """Whether nobody has put another clock in place: MLflow would go by it, and ours does
+        not."""
+        return time.time is _time
+
     def _buffers(self, mode: Mode) -> bool:
-        if time.time is not _time:
-            return False  # MLflow goes by the clock that somebody has put there, ours does not
+        if not self._has_own_clock():
+            return False
         if mode is Mode.OPERATION:
             # Somebody, like a test, who has put something in the place of MLflow's queue is to see
             # what comes to it.

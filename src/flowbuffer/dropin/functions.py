@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowbuffer.active_run import current_uri
 from flowbuffer.dropin.arguments import NotBuffered
 from flowbuffer.dropin.calls import Calls, Original
-from flowbuffer.dropin.modes import ABSENT, answer, mode_of
+from flowbuffer.dropin.modes import ABSENT, OwnTime, answer, mode_of
 from flowbuffer.dropin.runs import BufferedRun, known_run
 from flowbuffer.handle import Handle
 
@@ -74,6 +75,12 @@ class Functions(Calls):
         """What MLflow's own function is given: only our method knows the object for "not given"."""
         return ABSENT if synchronous is None and self._is_ours(method) else synchronous
 
+    def _own_time(self, synchronous: Any) -> OwnTime | None:
+        """What our method is given in the place of a time that nobody gave."""
+        if synchronous is not ABSENT or not self._has_own_clock():
+            return None
+        return OwnTime(time.time() * 1000)
+
     def log_metric(self, original: Original) -> Original:
         """``mlflow.log_metric``."""
 
@@ -98,6 +105,7 @@ class Functions(Calls):
             if found is not _LONG:
                 return found
             synchronous = self._handed_on("log_metric", synchronous)
+            timestamp = timestamp or self._own_time(synchronous)
             return original(key, value, step, synchronous, timestamp, run_id, model_id, dataset)
 
         return log_metric
@@ -125,6 +133,7 @@ class Functions(Calls):
             if found is not _LONG:
                 return found
             synchronous = self._handed_on("log_batch", synchronous)
+            timestamp = timestamp or self._own_time(synchronous)
             return original(metrics, step, synchronous, run_id, timestamp, model_id, dataset)
 
         return log_metrics

@@ -22,6 +22,15 @@ class _Absent:
 
 ABSENT = _Absent()
 
+
+class OwnTime(int):
+    """As ``timestamp``: the present, in ms since the epoch, which the caller did not give.
+
+    MLflow's functions take the time before they call a client's method. For the order of points it
+    makes a difference whether somebody gave it.
+    """
+
+
 #: MLflow has a future for each request, which takes 1000 metrics; so has an operation of ours.
 _POINTS_IN_FUTURE = 1000
 
