@@ -278,3 +278,34 @@ def test_a_program_that_was_taken_for_an_interpreter_ends() -> None:
     )
     assert done.returncode == 70
     assert done.stdout == ""
+
+
+def test_a_fork_while_a_thread_imports(start_job: StartJob, store: Store) -> None:
+    """A child that is forked in the moment at which delivery's thread imports what it needs has no
+    half of a module: it logs and delivers."""
+    job = start_job(
+        """
+        import importlib.abc, os, sys, threading
+        imports = threading.Event()
+
+        class Finder(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, *_):
+                if name == "flowbuffer.sender":
+                    sys.meta_path.remove(self)
+                    imports.set()
+
+        sys.meta_path.insert(0, Finder())
+        logger = MetricLogger(RUN)
+        logger.log_metric("parent", 1.0)
+        assert imports.wait(60)
+        pid = os.fork()
+        if pid == 0:
+            logger.log_metric("child", 1.0)
+            os._exit(logger.flush(60).pending)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        """,
+        FLOWBUFFER_DELIVERY="thread",
+    )
+    assert job.end().status == 0
+    assert store.values("parent") == [1.0]
+    assert store.values("child") == [1.0]
