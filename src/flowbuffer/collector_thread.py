@@ -31,6 +31,8 @@ _log = logging.getLogger("flowbuffer")
 _SOON_S = 1.0
 #: How often it is looked whether a folder has to be taken, in s.
 _LOOK_EVERY_S = 0.2
+#: How often who logs here is called, in s.
+TEND_EVERY_S = 2.0
 
 
 class User(Protocol):
@@ -57,7 +59,7 @@ class CollectorThread:
         self._background = Background(name, self._work, lambda: not self._asked.empty())
         self._inline = settings.delivery == "inline"
         self._in_round = False
-        self._look_at_s = -math.inf
+        self._look_at_s = self._tend_at_s = -math.inf
         self._made: Collector | None = None
 
     # For any thread, and for signal handlers.
@@ -131,6 +133,7 @@ class CollectorThread:
 
     def _step(self, hurry: bool) -> float:
         now_s = SYSTEM_CLOCK.monotonic_s()
+        self._tend(now_s)
         if now_s >= self._look_at_s:
             self._look_at_s = now_s + _LOOK_EVERY_S
             served = {stream.claim.path for stream in self.streams}
@@ -138,6 +141,15 @@ class CollectorThread:
                 if folder not in served:  # there were too many
                     self._hurry(folder)
         return self._collector.step(hurry=hurry)
+
+    def _tend(self, now_s: float) -> bool:
+        if now_s < self._tend_at_s:
+            return False
+        self._tend_at_s = now_s + TEND_EVERY_S
+        for user in [user() for user, _ in list(self._users.values())]:
+            if user is not None:
+                user.tend()
+        return True
 
     def _wait(self, next_s: float) -> None:
         self._collector.wait(next_s)

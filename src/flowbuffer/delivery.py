@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
@@ -29,11 +30,14 @@ class Delivery(Protocol):
         spool: Where the folder is.
         goes_on: What happens to what is left when the process ends, for its last line.
         environment: Of this process, where delivery depends on it, as a fingerprint.
+        tended: Called every now and then, in any thread; by who delivers in this process, or
+            watches who does.
     """
 
     spool: Spool
     goes_on: str
     environment: str
+    tended: Callable[[], object]
 
     def begin(self, folder: Path) -> None:
         """The producer's folder is there."""
@@ -60,6 +64,7 @@ class NoDelivery:
     goes_on = environment = ""
 
     def __init__(self, settings: Settings) -> None:
+        self.tended: Callable[[], object] = _nothing
         self.spool = Spool(settings.resolved_spool_dir())
 
     def begin(self, folder: Path) -> None:
@@ -89,6 +94,7 @@ class DeliveryHere:
         self._pid = os.getpid()
         self._thread = self._thread_of(settings)
         self._folder: Path | None = None
+        self.tended: Callable[[], object] = _nothing
         self.spool = self._thread.spool
 
     def _thread_of(self, settings: Settings) -> CollectorThread:
@@ -108,7 +114,9 @@ class DeliveryHere:
         if os.getpid() == self._pid and self._folder is not None:
             self._thread.leave(self._folder)
 
-    def tend(self) -> None: ...
+    def tend(self) -> None:
+        """Called every now and then, in the thread."""
+        self.tended()
 
     def is_interrupted(self) -> bool:
         return self._thread.is_interrupted
@@ -141,6 +149,7 @@ class DeliveryByProcess(DeliveryHere):
 
     def tend(self) -> None:
         """Repeat here what goes wrong in the collector process, once."""
+        super().tend()
         assert self._folder is not None
         for text in delivery_note(self._folder).get("warnings", ()):
             warn_once(text)
@@ -151,6 +160,9 @@ class DeliveryByProcess(DeliveryHere):
 
     def left_by_dead(self, run_id: str) -> list[Path]:
         return [folder for folder in self.spool.folders(run_id) if not has_producer(folder)]
+
+
+def _nothing() -> None: ...
 
 
 def _key(settings: Settings) -> tuple[Path, Settings, str]:

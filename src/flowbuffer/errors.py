@@ -6,6 +6,7 @@
     │   └── InvalidPoint        a key, value, step or timestamp that cannot be logged
     ├── SpoolError              also an OSError: the spool cannot be used as it is
     │   ├── SpoolFull           no room for another point (see ``when_full``)
+    │   ├── SpoolGone           a producer's folder was wiped while it logged; within flowbuffer
     │   └── SpoolFormatError    bytes that this version cannot read
     ├── WaitTimeout             also a TimeoutError: time was up before delivery
     ├── DeliveryError           a handle's points are not, and will not be, in the backend
@@ -71,6 +72,11 @@ class SpoolError(FlowbufferError, OSError):
 
 class SpoolFull(SpoolError):
     """There is no room for another point within ``max_spool_bytes``, or on the disk."""
+
+
+class SpoolGone(SpoolError):
+    """A producer's folder was wiped while it logged. Within flowbuffer: a logger goes on in a new
+    one."""
 
 
 class SpoolFormatError(SpoolError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.delivery import Delivery, last_error
 from flowbuffer.report import Report
+from flowbuffer.spool.carry import Carry, read_carry
 from flowbuffer.spool.info import OFFLINE
 from flowbuffer.spool.outcomes import is_there
 from flowbuffer.spool.producer import Producer
@@ -35,13 +37,17 @@ class Ledger:
         self._delivery = delivery
         self._folder = producer.directory.path
         self._last = Tally()
+        self._carried = Carry()
 
     def counts(self) -> dict[str, Any]:
         """The fields of a :class:`Report`, but for the time that it took."""
+        last = self._last
         try:
             self._last = tally_since(self._folder, self._last)
         except OSError:
             pass  # it cannot be counted now, so as of the last time
+        if self._producer.is_gone:
+            self._last = self._after_wipe(last)
         found = self._last
         return {
             "delivered": found.delivered,
@@ -50,6 +56,43 @@ class Ledger:
             "unknown": found.unknown,
             "dropped": dict(self._producer.dropped),
         }
+
+    def look(self) -> None:
+        """Remember what only the folder tells, for when it is wiped. It takes some microseconds."""
+        try:
+            carried = read_carry(self._folder)
+        except OSError:
+            return
+        if carried.first > self._carried.first:
+            self._carried = carried._replace(derived=b"")
+
+    def _after_wipe(self, last: Tally) -> Tally:
+        """What is known of a producer whose folder was wiped: what it logged, and is neither known
+        to be settled nor to be delivered still, is unknown.
+
+        Args:
+            last: As of the last time.
+        """
+        found, carried = self._last, self._carried
+        logged, delivered, rejected = self._producer.logged()
+        delivered = max(last.delivered, found.delivered, carried.delivered + delivered)
+        rejected = max(last.rejected, found.rejected, carried.rejected + rejected)
+        pending = 0 if self.is_lost() else found.pending
+        known = delivered + rejected + pending + found.retried
+        return replace(
+            found,
+            delivered=delivered,
+            rejected=rejected,
+            pending=pending,
+            unknown=max(logged - known, 0),
+        )
+
+    def is_lost(self) -> bool:
+        """Whether nobody can deliver what is left of the folder, as it was wiped."""
+        try:
+            return self._producer.is_gone and not is_there(self._folder / "producer.json")
+        except OSError:
+            return False  # it cannot be looked at now
 
     def stats(self) -> dict[str, Any]:
         """The fields that :class:`Stats` has and :class:`Report` has not, as of the last count."""
@@ -74,7 +117,7 @@ class Ledger:
 
     def is_let_go(self) -> bool:
         """Whether waiting for a closed producer's points is over, or in vain."""
-        return not self.is_there() or parked_reason(self._folder) is not None
+        return not self.is_there() or self.is_lost() or parked_reason(self._folder) is not None
 
     def last_words(self, report: Report, *, waited: bool) -> list[str]:
         """What whoever started the job should know of what was left, and of what was lost.

@@ -8,7 +8,6 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +19,8 @@ from flowbuffer.appends import Append, Lenience, then
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.delivery import DeliveryHere, delivery_of, last_error, settings_for
 from flowbuffer.environment import environment_experiment, environment_place
-from flowbuffer.errors import FlowbufferError
-from flowbuffer.logging_calls import LoggingCalls
 from flowbuffer.notices import warn_without_gil
+from flowbuffer.reopening import Reopening
 from flowbuffer.report import Report, Stats
 from flowbuffer.settings import Settings, settings_with
 from flowbuffer.spool.places import sync
@@ -47,7 +45,7 @@ _INTERNAL = {"close_at_end", "closes_with_run", "end_of_run", "flush_at_end"} | 
 }
 
 
-class MetricLogger(LoggingCalls):
+class MetricLogger(Reopening):
     """Logs metrics to one MLflow run, from any thread, at about a microsecond a point.
 
     A point is safe when the call returns: it is in a mapped file, from where it is delivered even
@@ -248,13 +246,21 @@ class MetricLogger(LoggingCalls):
                 self._this_producer(delivery.environment), after, files
             )
             producer = Producer(
-                directory, delivery.spool, settings, SYSTEM_CLOCK, delivery.push, self._stored_key
+                directory,
+                delivery.spool,
+                settings,
+                SYSTEM_CLOCK,
+                delivery.push,
+                self._stored_key,
+                self._reopening,
             )
             if left is not None:
                 producer.go_on_from(left.producer)
             delivery.begin(directory.path)
             shown = self.shows_progress
             self._use(Spooling(producer, delivery, shows_progress=shown, before=before))
+            if before is not None and before.producer.is_gone:
+                before.leave()
         self._is_open = True
         job_end.watch(self)
 
@@ -347,33 +353,6 @@ class MetricLogger(LoggingCalls):
             counts["dropped"] = {**counts.get("dropped", {}), "invalid": self._lenience.invalid}
         return counts
 
-    # A logger of which others need the descriptors is no producer until its next call.
-
-    def used(self) -> object:
-        """Something that is another thing once it was used again."""
-        return None if self._spooling is None else self._spooling.producer.used()
-
-    def let_go(self) -> bool:
-        """Be no producer until the next call that logs, which makes it one anew; False if it is
-        none, or a call is being made."""
-        if not self._opening.acquire(blocking=False):
-            return False
-        try:
-            spooling = self._spooling
-            if spooling is None or not self._is_open or open_loggers.is_in_call(spooling.producer):
-                return False
-            self._is_open = False
-            self._log_by(self._reopening)
-            if open_loggers.is_in_call(spooling.producer):  # from now on none can begin
-                if not self._is_open:
-                    self._is_open = True
-                    self._use(spooling)
-                return False
-            spooling.let_go()
-            return True
-        finally:
-            self._opening.release()
-
     # After a fork the child is another process: its first call makes it a producer of its own.
     # So does a call after the end of the job, by an atexit handler of the program's.
 
@@ -388,29 +367,11 @@ class MetricLogger(LoggingCalls):
         if not self._ended:
             self._log_by(self._reopening)
 
-    def _reopening(self, name: str) -> Callable[..., Any]:
-        def reopen(*args: Any) -> Any:
-            with self._opening:
-                if self._ended:
-                    _refuse()
-                if not self._is_open:
-                    self._open()
-            return getattr(self, f"_{name}")(*args)
-
-        return reopen
-
-    def _refusing(self, _: str) -> Callable[..., Any]:
-        return _refuse
-
 
 def starts_runs(settings: Settings) -> bool:
     """Whether a logger here starts a run where there is none: not offline, and not on a rank that
     does not log."""
     return not settings.offline and settings.logs(environment_place().rank)
-
-
-def _refuse(*_: Any) -> Any:
-    raise FlowbufferError("this logger is closed; a closed logger takes no more points")
 
 
 def _unpickled(run_id: str, tracking_uri: str, settings: Settings) -> MetricLogger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from flowbuffer import job_end
 from flowbuffer.delivery import Delivery, DeliveryByProcess, NoDelivery
 from flowbuffer.ledger import Ledger, is_over
-from flowbuffer.notices import tell
+from flowbuffer.notices import tell, warn_once
 from flowbuffer.progress import Progress
 from flowbuffer.report import Report
 from flowbuffer.spool.producer import Producer
@@ -46,11 +47,27 @@ class Spooling:
         self.ledger = Ledger(producer, delivery)
         self._shows_progress = shows_progress
         self._has_told = self._has_left = False
+        look = weakref.WeakMethod(self.is_wiped)
+        delivery.tended = lambda: (found := look()) and found()
 
     @property
     def folder(self) -> Path:
         """Where the points wait for delivery."""
         return self.producer.directory.path
+
+    def is_wiped(self) -> bool:
+        """Whether the folder was wiped while points were logged to it. Looks; says it once."""
+        producer = self.producer
+        if not producer.is_gone and not producer.is_wiped():
+            self.ledger.look()
+            return False
+        warn_once(
+            f"{self.folder}, or a part of it, was wiped while run {producer.directory.info.run_id} "
+            "was logged to it; what was not delivered is counted as unknown, and a new folder is "
+            "begun"
+        )
+        producer.give_up()
+        return True
 
     @property
     def is_left_to_others(self) -> bool:
@@ -60,6 +77,7 @@ class Spooling:
 
     def counts(self) -> dict[str, Any]:
         """The fields of a report, but for the time that it took."""
+        self.is_wiped()
         own = self.ledger.counts()
         if self._before is None:
             return own
@@ -70,14 +88,16 @@ class Spooling:
     def let_go(self) -> None:
         """Leave what was logged to others, until somebody waits for it; nobody may be in a call."""
         self.producer.stop()
+        wiped = self.is_wiped()
         self.ledger.counts()  # while the folder is there
-        self.left = inheritance(self.producer)
+        self.left = None if wiped else inheritance(self.producer)
         self.producer.close()
         self.producer.directory.lock.release()
         self.leave()
 
     def flush(self, deadline_s: float | None, *, ends: bool = False) -> None:
         """Wait until everything that was logged before is settled, or cannot be."""
+        self.is_wiped()
         over = self._wait(self._look(), deadline_s, ends=ends)
         if over and ends:
             job_end.patience.succeed()
@@ -85,6 +105,7 @@ class Spooling:
     def stop(self, *, failed: bool) -> None:
         """Take no more points. It may be called again."""
         self.producer.stop()
+        self.is_wiped()
         self.ledger.counts()  # while the folder is there
         self.producer.close(failed=failed)
         self._hurry()
@@ -122,7 +143,10 @@ class Spooling:
         """Have everything sent; looks whether all of it is settled, or cannot be."""
         waiting = Waiting(self.folder, self._hurry())
         earlier = self._before._look() if self._before is not None else lambda: True
-        return lambda: (waiting.is_over() or parked_reason(self.folder) is not None) and earlier()
+        lost, folder = self.ledger.is_lost, self.folder
+        return lambda: (
+            (waiting.is_over() or parked_reason(folder) is not None or lost()) and earlier()
+        )
 
     def _is_let_go(self) -> bool:
         return self.ledger.is_let_go() and (self._before is None or self._before._is_let_go())

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.collector_thread import CollectorThread, User
+from flowbuffer.collector_thread import TEND_EVERY_S, CollectorThread, User
 from flowbuffer.forks import whole
 from flowbuffer.handover import wake_collector
 from flowbuffer.launcher import Launcher
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flowbuffer.collector import Collector, Stream
 
 #: How often it is looked whether the collector process is there, in s; and while somebody waits.
-CHECK_EVERY_S = 2.0
+CHECK_EVERY_S = TEND_EVERY_S
 _LOOK_EVERY_S = 0.1
 #: Who did not say for so long, in s, that it waits, waits no more.
 _WAITS_FOR_S = 1.0
@@ -82,8 +82,6 @@ class Stopgap(CollectorThread):
         self._launcher = Launcher(self.spool.root, settings, tracking_uri, environment)
         self._folders: dict[Path, _Folder] = {}
         self._launched = False
-        self._look_at_s = -math.inf
-        self._tend_at_s = -math.inf
 
     def join(self, user: User, folder: Path, tracking_uri: str) -> None:
         """As of :class:`CollectorThread`. Waits until the collector process is started, some ms: a
@@ -114,12 +112,8 @@ class Stopgap(CollectorThread):
 
     def _step(self, hurry: bool) -> float:
         now_s = SYSTEM_CLOCK.monotonic_s()
-        if now_s >= self._tend_at_s:
-            self._tend_at_s = now_s + CHECK_EVERY_S
+        if self._tend(now_s):
             self._look_at_s = now_s
-            for user in [folder.user() for folder in self._folders.values()]:
-                if user is not None:
-                    user.tend()
         if now_s >= self._look_at_s and self._folders:
             self._look(now_s)
             waits = any(self._waits(folder, now_s) for folder in self._folders.values())

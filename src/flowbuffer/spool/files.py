@@ -97,6 +97,18 @@ class FileLock:
         """What the system calls the locked file; -1 once it is released."""
         return -1 if self._file.closed else self._file.fileno()
 
+    def is_at(self, path: Path) -> bool:
+        """Whether the locked file is the one at ``path``.
+
+        Raises:
+            OSError: That is not known: it cannot be looked at now, or the lock was released.
+        """
+        own = os.fstat(self.descriptor)
+        try:
+            return os.path.samestat(own, os.lstat(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     @classmethod
     def take(cls, path: Path, *, create: bool = False) -> FileLock | None:
         """The lock of the file at ``path``, or None if another process holds it or it is gone."""

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from flowbuffer.errors import SpoolFull
+from flowbuffer.errors import SpoolFull, SpoolGone
 from flowbuffer.spool.files import OwnedFile, opened
 
 #: Of smaller frames so little is lost when they are torn that nobody asks for room first.
@@ -31,6 +31,7 @@ def append_frame(path: Path, frame: bytes, *, durable: bool) -> int:
 
     Raises:
         SpoolFull: There is no room.
+        SpoolGone: Its folder is not there any more.
     """
     try:
         with opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
@@ -43,6 +44,8 @@ def append_frame(path: Path, frame: bytes, *, durable: bool) -> int:
                 os.fsync(file.fileno())
             # The end of what this descriptor wrote, whatever others have written meanwhile.
             return os.lseek(file.fileno(), 0, os.SEEK_CUR) - len(frame)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SpoolGone(f"{path.parent} was wiped while points were logged to it") from error
     except OSError as error:
         raise SpoolFull(f"no room for {len(frame)} bytes in {path.parent}: {error}") from error
 

@@ -118,6 +118,7 @@ FLAGS: Final = (0, EXPLICIT, SERIES, PARAM, TAG)
 
 SLOT: Final = struct.Struct("<qdqIIH5xB")
 SLOT_SIZE: Final = SLOT.size
+FLAGS_OFFSET: Final = 32
 STATE_OFFSET: Final = SLOT_SIZE - 1
 
 #: The same slot as the reader's columns.

@@ -13,7 +13,6 @@ is whole, and whoever finds something half done by a call that was interrupted g
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flowbuffer.clock import Clock
-from flowbuffer.errors import FlowbufferError, InvalidPoint
+from flowbuffer.errors import InvalidPoint, SpoolGone
 from flowbuffer.settings import Settings
 from flowbuffer.spool import layout
 from flowbuffer.spool.directory import ProducerDirectory, Spool
@@ -38,9 +37,9 @@ from flowbuffer.spool.points import (
     checked_value,
 )
 from flowbuffer.spool.room import Room
-from flowbuffer.spool.segments import segment, sync_directory
+from flowbuffer.spool.segments import sync_directory
+from flowbuffer.spool.stores import Store, Stores
 from flowbuffer.spool.written_keys import WrittenKeys
-from flowbuffer.turn import Turn
 
 #: The first segment is small, so that a short job takes little; the others hold 64 Ki points.
 FIRST_SEGMENT_SLOTS = 4096
@@ -51,11 +50,8 @@ _LONG_JOURNAL = 64 << 20
 
 _pack_into = SLOT.pack_into
 
-#: Reserves a slot's offset; the mapped segment; the segment.
-_Store = tuple[Callable[[], int], Any, Segment]
 
-
-class Producer:
+class Producer(Stores):
     """One process logging to one run.
 
     Args:
@@ -65,6 +61,8 @@ class Producer:
         clock: The time of the points.
         hurry: Called when delivery should not linger: someone waits, or the spool is full.
         stored_key: Makes the key that is stored from the key that the caller gave.
+        anew: Gives for the name of a call that logs the one that takes its place where the folder
+            was wiped; None raises :class:`SpoolGone`.
         segment_slots: The slots of the first segment and of the others.
     """
 
@@ -76,37 +74,23 @@ class Producer:
         clock: Clock,
         hurry: Callable[[], None],
         stored_key: Callable[[str], str] = str,
+        anew: Callable[[str], Callable[..., Places]] | None = None,
         segment_slots: tuple[int, int] = (FIRST_SEGMENT_SLOTS, SEGMENT_SLOTS),
     ) -> None:
-        self.directory = directory
-        self._room = Room(spool, settings, clock, hurry)
-        self._now_ns = clock.now_ns
-        self._hurry = hurry
-        # A journal goes with its segment, so a segment ends when its journal is long.
-        self._journal_limit = min(_LONG_JOURNAL, settings.max_spool_bytes // 8)
+        room = Room(spool, settings, clock, hurry)
         # A small spool has room for several segments still, so that delivered ones can go.
         most = max(settings.max_spool_bytes // 4 // SLOT_SIZE, 1)
-        self._segment_slots = [min(slots, most) for slots in segment_slots]
-        self._turn = Turn()
-        self._power = settings.durability == "power"
-        path = directory.path / "keys"
-        self._keys = WrittenKeys(path, self._room, stored_key, durable=self._power)
+        slots = [min(slots, most) for slots in segment_slots]
+        durable = settings.durability == "power"
+        super().__init__(directory, room, hurry, slots, durable=durable)
+        self._anew = anew
+        self._now_ns = clock.now_ns
+        # A journal goes with its segment, so a segment ends when its journal is long.
+        self._journal_limit = min(_LONG_JOURNAL, settings.max_spool_bytes // 8)
+        self._keys = WrittenKeys(self._path_of("keys"), room, stored_key, durable=durable)
         self._key_ids = self._keys.metrics
         self._journal_end = (-1, 0)  # the number of the last journal written to, and its size
-        self._open = True
-        self._in_child = False  # forked, while the parent goes on
-        self._end: tuple[int, int] | None = None  # the last barrier, once stopped
-        # What a store needs, in one tuple, so that no thread ever sees halves of two segments.
-        # At first there is no room, so the first store makes the first segment.
-        self._current: _Store = (
-            itertools.count().__next__,
-            bytearray(),
-            Segment(self._path(-1, "slots"), -1, hurry),
-        )
-        # Every store that there was, by number; None once the next one is there. Who makes a store
-        # that another thread, or the call that it interrupted, has made finds that here.
-        self._stores: dict[int, _Store | None] = {}
-        if self._power:
+        if durable:
             for folder in (directory.path, directory.path.parent, spool.root):
                 sync_directory(folder)
 
@@ -118,11 +102,6 @@ class Producer:
     def go_on_from(self, before: Producer) -> None:
         """Begin with the key ids of another producer, whose key table is in the folder already."""
         self._keys.go_on_from(before._keys)
-
-    def used(self) -> object:
-        """Something that is another thing after each call that stored a point."""
-        reserve, _, segment = self._current
-        return segment.number, repr(reserve.__self__)  # type: ignore[attr-defined]
 
     # The calls that log. Everything that can fail comes before the reservation.
 
@@ -136,7 +115,10 @@ class Producer:
         try:
             key_id: int | None = self._key_ids[key]
         except (KeyError, TypeError):
-            key_id = self._add_key(key)
+            try:
+                key_id = self._add_key(key)
+            except SpoolGone as gone:
+                return self._log_anew(gone, "append", key, value, step, timestamp)
             if key_id is None:
                 return DROPPED
         if type(value) is not float:
@@ -159,7 +141,10 @@ class Producer:
         try:
             _pack_into(buffer, offset, time, value, step, offset, key_id, flags, COMMITTED)
         except BaseException as error:
-            lost = self._make_room(error, buffer, offset, segment, step)
+            try:
+                lost = self._make_room(error, buffer, offset, segment, step)
+            except SpoolGone as gone:
+                return self._log_anew(gone, "append", key, value, step, timestamp)
             return lost or self.append(key, value, step, timestamp)
         return segment, offset
 
@@ -195,12 +180,18 @@ class Producer:
                 except InvalidPoint as error:
                     errors.append(error)
                     continue
+                except SpoolGone as gone:
+                    places += self._log_anew(gone, "append", key, value, step, timestamp)
+                    continue
             offset = reserve()
             try:
                 _pack_into(buffer, offset, time, value, step, offset, key_id, flags, COMMITTED)
             except BaseException as error:
-                lost = self._make_room(error, buffer, offset, segment, step)
-                places += lost or self.append(key, value, step, timestamp)
+                try:
+                    lost = self._make_room(error, buffer, offset, segment, step)
+                    places += lost or self.append(key, value, step, timestamp)
+                except SpoolGone as gone:
+                    places += self._log_anew(gone, "append", key, value, step, timestamp)
                 reserve, buffer, segment = self._current
                 continue
             places += segment, offset
@@ -220,7 +211,10 @@ class Producer:
             SpoolFull: There is no room (``when_full``).
         """
         columns = checked_series(checked_key(key), values, steps, timestamps)
-        key_id = self._add_key(key, len(columns[0]))
+        try:
+            key_id = self._add_key(key, len(columns[0]))
+        except SpoolGone as gone:
+            return self._log_anew(gone, "append_series", key, values, steps, timestamps)
         if key_id is None:
             return DROPPED
         places: list[Segment | int | str | None] = []
@@ -231,7 +225,13 @@ class Producer:
             )
             assert value is not None
             frame = layout.series_frame(key_id, first, value, step, time)
-            places += self._append_frame(frame, key_id, len(value))
+            try:
+                places += self._append_frame(frame, key_id, len(value))
+            except SpoolGone as gone:
+                rest: list[Any] = [None if column is None else column[first:] for column in columns]
+                if rest[1] is None:
+                    rest[1] = range(first, len(columns[0]))
+                return [*places, *self._log_anew(gone, "append_series", key, *rest)]
         return places
 
     def append_texts(self, kind: int, texts: Mapping[str, Any]) -> Places:
@@ -249,59 +249,11 @@ class Producer:
             raise
         places: list[Segment | int | str | None] = []
         for key, text in checked.items():
-            self._check_open()
-            key_id = self._keys.add_text(key)
-            if key_id is None:
-                places += DROPPED
-                continue
-            places += self._append_frame(layout.text_frame(key_id, text), key_id, 1, kind)
+            try:
+                places += self._append_text(kind, key, text)
+            except SpoolGone as gone:
+                places += self._log_anew(gone, "append_texts", kind, {key: text})
         return places
-
-    def barrier(self) -> tuple[int, int]:
-        """A place (segment number, offset) that every point logged until now lies before."""
-        if self._end is not None:
-            return self._end
-        reserve, buffer, segment = self._current
-        offset = reserve()
-        if offset + SLOT_SIZE <= len(buffer):
-            buffer[offset + STATE_OFFSET] = VOID
-        return segment.number, offset
-
-    def stop(self) -> None:
-        """Take no more points. The folder stays until :meth:`close`, delivered or not."""
-        self._open = False
-        reserve, buffer, segment = self._current
-        if self._end is None or self._end[0] != segment.number:
-            # A call that is under way stores before this end, or finds no room and is refused.
-            self._end = segment.number, min(_reserve_rest(reserve, buffer)[0], len(buffer))
-
-    def close(self, *, failed: bool = False) -> None:
-        """Stop, and leave the folder to whoever delivers it, and deletes it then.
-
-        Args:
-            failed: The job did not end well.
-        """
-        self.stop()
-        assert self._end is not None
-        reserve, buffer, segment = self._current
-        if not segment.path.exists():
-            self.directory.lock.release()  # nothing was logged, or all of it is delivered
-        elif buffer:
-            outcome = layout.FAILED if failed else layout.FINISHED
-            slots = (self._end[1] - layout.SEGMENT_HEADER_SIZE) // SLOT_SIZE
-            fields = layout.closed_fields(slots, outcome)
-            buffer[layout.CLOSED_OFFSET : layout.CLOSED_OFFSET + len(fields)] = fields
-        self._current = (reserve, bytearray(), segment)  # unmapped; closed before, if it is that
-        self._stores = dict.fromkeys(self._stores)
-
-    def abandon(self) -> None:
-        """In a forked child: the parent goes on writing, and nothing is stored here any more, not
-        even by the call in which the fork was."""
-        self._in_child = True
-        self._open = False
-        for store in self._stores.values():
-            if store is not None:
-                store[1].close()
 
     # What is seldom needed: keys, segments, journals, no room.
 
@@ -333,34 +285,23 @@ class Producer:
             raise error
         return None if self._room.wait_for(lambda: self._advance(segment), points) else DROPPED
 
-    def _advance(self, full: Segment) -> Segment:
-        """Go on to the segment after ``full``, unless that was done already; the current one."""
-        with self._turn:  # else every thread makes the same segment
-            self._check_open()
-            reserve, buffer, current = self._current
-            if current is not full:
-                return current
-            number = full.number + 1
-            if number not in self._stores:
-                self._stores.setdefault(number, self._new_store(number))
-            store = self._stores[number]
-            if store is not None:
-                # If room was left, it is taken, so that the reader does not wait for it.
-                for offset in _reserve_rest(reserve, buffer):
-                    if offset + SLOT_SIZE <= len(buffer):
-                        buffer[offset + STATE_OFFSET] = VOID
-                self._current = store
-                self._stores[full.number] = None
-            self._check_open()
-            return self._current[2]
+    def _log_anew(self, gone: SpoolGone, name: str, *args: Any) -> Places:
+        """What a call that met a wiped folder did not log."""
+        self.is_gone = True
+        if self._anew is None:
+            raise gone
+        return self._anew(name)(*args)
 
-    def _new_store(self, number: int) -> _Store:
-        slots = self._segment_slots[number > 0]
-        self._room.take(layout.segment_size(slots))
-        path = self._path(number, "slots")
-        buffer = segment(path, number, slots, durable=self._power)
-        reserve = itertools.count(layout.SEGMENT_HEADER_SIZE, SLOT_SIZE).__next__
-        return reserve, buffer, Segment(path, number, self._hurry)
+    def _needed(self) -> list[Path]:
+        written = self._keys.metrics or self._keys.texts
+        return super()._needed() + ([self._path_of("keys")] if written else [])
+
+    def _append_text(self, kind: int, key: str, text: str) -> Places:
+        self._check_open()
+        key_id = self._keys.add_text(key)
+        if key_id is None:
+            return DROPPED
+        return self._append_frame(layout.text_frame(key_id, text), key_id, 1, kind)
 
     def _append_frame(self, frame: bytes, key_id: int, points: int, flags: int = SERIES) -> Places:
         """Store a journal frame and the slot that points to it."""
@@ -381,7 +322,7 @@ class Producer:
                 continue
             return segment, offset
 
-    def _write_journal(self, frame: bytes) -> tuple[_Store, int]:
+    def _write_journal(self, frame: bytes) -> tuple[Store, int]:
         """Write to the journal of the current segment; what its slot needs, and the offset."""
         self._check_open()
         _, _, segment = self._current
@@ -391,18 +332,6 @@ class Producer:
         self._room.take(len(frame))
         store = self._current
         number = store[2].number
-        position = append_frame(self._path(number, "journal"), frame, durable=self._power)
+        position = append_frame(self._path(number, "journal"), frame, durable=self._durable)
         self._journal_end = number, position + len(frame)
         return store, position
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise FlowbufferError("this logger is closed; a closed logger takes no more points")
-
-    def _path(self, number: int, kind: str) -> Path:
-        return self.directory.path / f"{number:08d}.{kind}"
-
-
-def _reserve_rest(reserve: Any, buffer: Any) -> list[int]:
-    """Reserve what is left of a segment, in one step; the offsets, one or more beyond its end."""
-    return list(itertools.islice(reserve.__self__, len(buffer) // SLOT_SIZE + 1))
