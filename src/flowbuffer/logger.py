@@ -8,6 +8,7 @@ import re
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from flowbuffer.active_run import end_run, find_run, run_id_of, settled_uri
 from flowbuffer.appends import Append, Lenience, then
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.delivery import DeliveryHere, delivery_of, last_error, settings_for
-from flowbuffer.environment import environment_experiment, environment_place
+from flowbuffer.environment import Place, environment_experiment, environment_place
 from flowbuffer.notices import warn_without_gil
 from flowbuffer.reopening import Reopening
 from flowbuffer.report import Report, Stats
@@ -234,7 +235,11 @@ class MetricLogger(Reopening):
         elif settings.enabled is False:
             from flowbuffer.passthrough import PassThrough
 
-            self._use(PassThrough(self._run_id, self._uri, self._stored_key, SYSTEM_CLOCK))
+            self._use(
+                PassThrough(
+                    self._run_id, self._uri, stored_key_of(settings, self._place), SYSTEM_CLOCK
+                )
+            )
         else:
             warn_without_gil()
             open_loggers.add(self)
@@ -251,8 +256,8 @@ class MetricLogger(Reopening):
                 settings,
                 SYSTEM_CLOCK,
                 delivery.push,
-                self._stored_key,
-                self._reopening,
+                stored_key_of(settings, self._place),
+                weakref.WeakMethod(self._reopening),  # one that is dropped is held by nobody
             )
             if left is not None:
                 producer.go_on_from(left.producer)
@@ -280,9 +285,6 @@ class MetricLogger(Reopening):
             environment=environment,
             experiment=environment_experiment()[1],
         )
-
-    def _stored_key(self, key: str) -> str:
-        return self._settings.stored_key(key, self._place)
 
     def _use(self, recorder: Spooling | PassThrough | Silence) -> None:
         if isinstance(recorder, Spooling):
@@ -366,6 +368,11 @@ class MetricLogger(Reopening):
         self._lenience = Lenience()
         if not self._ended:
             self._log_by(self._reopening)
+
+
+def stored_key_of(settings: Settings, place: Place) -> Callable[[str], str]:
+    """Makes the key that is stored from the key that the caller gave."""
+    return lambda key: settings.stored_key(key, place)
 
 
 def starts_runs(settings: Settings) -> bool:

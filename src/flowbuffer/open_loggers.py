@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -28,8 +29,9 @@ class OpenLogger(Protocol):
         """Be no producer until the next call that logs; False if that cannot be now."""
 
 
-#: In the order in which they were last seen to be used, with what ``used`` said then.
-_open: dict[OpenLogger, object] = {}
+#: In the order in which they were last seen to be used, with what ``used`` said then. Weakly: one
+#: of which the making was interrupted is held by nobody.
+_open: weakref.WeakKeyDictionary[OpenLogger, object] = weakref.WeakKeyDictionary()
 
 
 def add(logger: OpenLogger) -> None:

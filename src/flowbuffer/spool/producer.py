@@ -61,8 +61,8 @@ class Producer(Stores):
         clock: The time of the points.
         hurry: Called when delivery should not linger: someone waits, or the spool is full.
         stored_key: Makes the key that is stored from the key that the caller gave.
-        anew: Gives for the name of a call that logs the one that takes its place where the folder
-            was wiped; None raises :class:`SpoolGone`.
+        anew: What gives, for the name of a call that logs, the one that takes its place where the
+            folder was wiped; None raises :class:`SpoolGone`.
         segment_slots: The slots of the first segment and of the others.
     """
 
@@ -74,7 +74,7 @@ class Producer(Stores):
         clock: Clock,
         hurry: Callable[[], None],
         stored_key: Callable[[str], str] = str,
-        anew: Callable[[str], Callable[..., Places]] | None = None,
+        anew: Callable[[], Callable[[str], Callable[..., Places]] | None] = lambda: None,
         segment_slots: tuple[int, int] = (FIRST_SEGMENT_SLOTS, SEGMENT_SLOTS),
     ) -> None:
         room = Room(spool, settings, clock, hurry)
@@ -288,9 +288,10 @@ class Producer(Stores):
     def _log_anew(self, gone: SpoolGone, name: str, *args: Any) -> Places:
         """What a call that met a wiped folder did not log."""
         self.is_gone = True
-        if self._anew is None:
+        anew = self._anew()
+        if anew is None:
             raise gone
-        return self._anew(name)(*args)
+        return anew(name)(*args)
 
     def _needed(self) -> list[Path]:
         written = self._keys.metrics or self._keys.texts
