@@ -223,7 +223,7 @@ class Collector:
     def leave(self) -> None:
         """Leave every folder to others, whatever is on its way."""
         for stream in list(self.streams):
-            self._leave(stream)
+            self.hand_on(stream)
 
     def close(self) -> None:
         """Leave every folder, and let go of every connection."""
@@ -322,9 +322,10 @@ class Collector:
             self._let_go(stream)
         stream.source.paused = now_s >= stream.until_s
         if stream.source.paused and not reader.on_their_way and not stream.done:
-            self._leave(stream)
+            self.hand_on(stream)
 
-    def _leave(self, stream: Stream) -> None:
+    def hand_on(self, stream: Stream) -> None:
+        """Leave a folder to others, whatever of it is on its way."""
         self._forget(stream)
         stream.claim.release()
 
@@ -337,7 +338,7 @@ class Collector:
                 return
             if stream.since_s + _TURN_S <= now_s and not (reader.on_their_way or reader.has_unripe):
                 self._turns[stream.claim.path] = now_s
-                self._leave(stream)
+                self.hand_on(stream)
                 count -= 1
 
     def _give_up(self, sender: Sender, now_s: float) -> None:
@@ -352,7 +353,7 @@ class Collector:
         self.refused = self.refused or refused
         for stream in [stream for stream in self.streams if stream.sender is sender]:
             self._given_up[stream.claim.path] = math.inf if refused else now_s + _GIVEN_UP_S
-            self._leave(stream)
+            self.hand_on(stream)
 
     def _let_go(self, stream: Stream) -> None:
         self._forget(stream)

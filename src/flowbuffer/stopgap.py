@@ -8,9 +8,10 @@ A folder of this process is in one of these states:
 | theirs | the collector process, or nobody yet | somebody waits, and it is free: *here* |
 | here | this process | nobody waits: *theirs*; the collector process is ready: *left* |
 | left | the collector process, if it takes it in 2 s | *theirs*, or *here* while somebody waits |
-| kept | this process, until its logger is closed | |
+| kept | this process, until its logger is closed | it is refused, too: *theirs* |
 
-From *theirs* it comes to *kept* where the credentials of the collector process were refused.
+From *theirs* it comes to *kept* where the credentials of the collector process were refused, and
+back for some seconds while those of this process are refused, too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.collector_thread import TEND_EVERY_S, CollectorThread, User
+from flowbuffer.errors import UnauthorisedError
 from flowbuffer.forks import whole
 from flowbuffer.handover import wake_collector
 from flowbuffer.launcher import Launcher
@@ -41,6 +43,8 @@ _WAITS_FOR_S = 1.0
 _HERE_FOR_S = 1.0
 #: How long a collector process that is ready may take to claim a folder, in s.
 _TAKES_S = 2.0
+#: How long credentials that are refused are tried here, and then those of others, in s.
+_REFUSED_FOR_S = 5.0
 
 
 @dataclass(eq=False)
@@ -53,7 +57,8 @@ class _Folder:
         since_s: Since when it is delivered here.
         left_until_s: Until then it is left to the collector process.
         insists: It was left, and not taken.
-        kept: It is not left to the collector process any more.
+        kept: The collector process was refused.
+        refused_since_s: Since when this process is refused, too.
     """
 
     path: Path
@@ -65,6 +70,7 @@ class _Folder:
     left_until_s: float = -math.inf
     insists: bool = False
     kept: bool = False
+    refused_since_s: float = math.inf
 
 
 class Stopgap(CollectorThread):
@@ -138,11 +144,12 @@ class Stopgap(CollectorThread):
             if bool(delivery_note(folder.path).get("unauthorised")):
                 folder.kept = True
             if folder.stream is None:
-                if folder.kept or (waits and now_s >= folder.left_until_s):
+                if (folder.kept or waits) and now_s >= folder.left_until_s:
                     folder.stream = self._collector.add(folder.path, folder.uri)
                     folder.since_s = now_s
             elif folder.kept:
                 folder.stream.until_s = math.inf
+                self._leave_if_refused(folder, folder.stream, now_s)
             elif not waits:
                 folder.stream.until_s = now_s
                 folder.insists = False
@@ -152,6 +159,18 @@ class Stopgap(CollectorThread):
                 folder.insists = True
             else:
                 folder.stream.until_s = math.inf
+
+    def _leave_if_refused(self, folder: _Folder, stream: Stream, now_s: float) -> None:
+        """Where the credentials of this process are refused as well, others get their turn: a job
+        that came later may have better ones, and its collector process with it."""
+        if not isinstance(stream.sender.failure, UnauthorisedError):
+            folder.refused_since_s = math.inf
+        elif folder.refused_since_s == math.inf:
+            folder.refused_since_s = now_s
+        elif now_s - folder.refused_since_s > _REFUSED_FOR_S:
+            folder.refused_since_s = math.inf
+            folder.left_until_s = now_s + _REFUSED_FOR_S
+            self._collector.hand_on(stream)
 
     def _waits(self, folder: _Folder, now_s: float) -> bool:
         return now_s - folder.waits_s < _WAITS_FOR_S

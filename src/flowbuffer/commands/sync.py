@@ -23,13 +23,7 @@ from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.info import OFFLINE, ProducerInfo
 from flowbuffer.spool.layout import FINISHED
-from flowbuffer.spool.states import (
-    closed_outcome,
-    delivery_note,
-    park,
-    parked_reason,
-    tally,
-)
+from flowbuffer.spool.states import closed_outcome, delivery_note, park, parked_reason, tally
 from flowbuffer.transport import absolute_uri
 
 #: How often the spool is looked at for folders that can be taken, in s.
