@@ -263,7 +263,7 @@ class MetricLogger(Reopening):
                 producer.go_on_from(left.producer)
             delivery.begin(directory.path)
             shown = self.shows_progress
-            self._use(Spooling(producer, delivery, shows_progress=shown, before=before))
+            self._use(Spooling(producer, delivery, shows_progress=shown, before=self._spooling))
             if before is not None and before.producer.is_gone:
                 before.leave()
         self._is_open = True

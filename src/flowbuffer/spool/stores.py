@@ -198,10 +198,11 @@ class Stores:
         return reserve, buffer, Segment(path, number, self._hurry)
 
     def _check_open(self) -> None:
-        if self.is_gone:
+        if self._open:
+            return
+        if self.is_gone:  # that is set first
             raise SpoolGone(f"{self.directory.path} was wiped while points were logged to it")
-        if not self._open:
-            raise FlowbufferError("this logger is closed; a closed logger takes no more points")
+        raise FlowbufferError("this logger is closed; a closed logger takes no more points")
 
     def _path(self, number: int, kind: str) -> Path:
         return self._path_of(f"{number:08d}.{kind}")
