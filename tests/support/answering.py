@@ -76,6 +76,7 @@ class AnsweringServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # header and body are two writes
 
             def do(self) -> None:
                 raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
