@@ -109,10 +109,13 @@ def test_ties_in_one_millisecond_come_back(logger: MetricLogger, backend: Backen
 
 
 def test_same_value_in_one_millisecond_is_not_one_point(logger: MetricLogger, backend: Backend):
-    """P2: points that agree in step, time and value are all there."""
+    """P2: points that agree in step and value are all there, whatever the millisecond; but the same
+    time, given again, is the same point, as it is for MLflow."""
     for _ in range(100):
-        logger.log_metric("key", 1.0, step=3, timestamp=1000)
+        logger.log_metric("key", 1.0, step=3)
+        logger.log_metric("given", 1.0, step=3, timestamp=1000)
     assert values(logger, backend.uri) == [1.0] * 100
+    assert values(logger, backend.uri, "given") == [1.0]
 
 
 def test_special_values_arrive(logger: MetricLogger, backend: Backend):

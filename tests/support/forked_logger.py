@@ -20,9 +20,9 @@ class ForkSite(Site):
 
     def open(self) -> None:
         super().open()
-        producer = self._logger()._producer
-        assert producer is not None
-        producer._segment_slots = [SLOTS, SLOTS]  # type: ignore[union-attr]
+        spooling = self._logger()._spooling
+        assert spooling is not None
+        spooling.producer._segment_slots = [SLOTS, SLOTS]
 
     def calls(self) -> None:
         log = self.log
