@@ -589,7 +589,8 @@ def test_outside_a_job_nothing_prompts(
     import logging
     logger = MetricLogger(RUN)
     heard = threading.Event()
-    tell = lambda record: heard.set() or True if "its own credentials" in record.getMessage() else True
+    own = "its own credentials"
+    tell = lambda record: heard.set() or True if own in record.getMessage() else True
     logging.getLogger("flowbuffer").addFilter(tell)
     logger.log_metric("loss", 1.0)
     assert heard.wait(150)
