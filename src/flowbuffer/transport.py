@@ -130,7 +130,7 @@ class MlflowTransport:
         client = None
         try:
             client = self._delivery_client()
-            operation = self._log_batch(client, request)
+            operation = self._log_batch(request)
             if then is not None:
                 then(operation)
             elif operation is not None:
@@ -142,11 +142,11 @@ class MlflowTransport:
             return found
         return None
 
-    def _log_batch(self, client: Any, request: Request) -> Any:
+    def _log_batch(self, request: Request) -> Any:
         """Hand a batch over; the operation to wait for, None if it is stored."""
         mlflow = shipped()
         columns = zip(request.keys, request.values, request.times, request.steps, strict=True)
-        operation = client.log_batch(
+        operation = self._delivery_client().log_batch(
             request.run_id,
             metrics=[_metric(mlflow.Metric, *point) for point in columns],
             params=[mlflow.Param(*param) for param in request.params],
