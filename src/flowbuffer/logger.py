@@ -263,7 +263,7 @@ class MetricLogger(Reopening):
                 producer.go_on_from(left.producer)
             delivery.begin(directory.path)
             shown = self.shows_progress
-            self._use(Spooling(producer, delivery, shows_progress=shown, before=self._spooling))
+            self._use(Spooling(producer, delivery, shows_progress=shown))
             if before is not None and before.producer.is_gone:
                 before.leave()
         self._is_open = True
@@ -288,7 +288,9 @@ class MetricLogger(Reopening):
 
     def _use(self, recorder: Spooling | PassThrough | Silence) -> None:
         if isinstance(recorder, Spooling):
-            self._spooling = recorder
+            if self._spooling is not recorder:
+                # In one line without a call: nothing comes between, and loses one of the two.
+                recorder.before, self._spooling = self._spooling, recorder
             producer = recorder.producer
             self._log_by(lambda name: self._wrapped(getattr(producer, name), recorder))
         else:

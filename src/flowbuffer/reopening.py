@@ -66,6 +66,7 @@ class Reopening(LoggingCalls):
                 if self._ended:
                     _refuse()
                 if not self._is_open or self._is_wiped():
+                    self._is_open = False  # until it is whole: it may be interrupted
                     self._open()
             return getattr(self, f"_{name}")(*args)
 

@@ -26,9 +26,9 @@ class Spooling:
         producer: Takes the points.
         delivery: Delivers them.
         shows_progress: Whether a person is told how a wait goes.
-        before: What the same logger held before; it counts, and is waited for, too.
 
     Attributes:
+        before: What the same logger held before; it counts, and is waited for, too.
         left: What the producer leaves to the next one, once it was let go.
     """
 
@@ -38,10 +38,9 @@ class Spooling:
         delivery: Delivery,
         *,
         shows_progress: bool,
-        before: Spooling | None = None,
     ) -> None:
         self.left: Inheritance | None = None
-        self._before = before
+        self.before: Spooling | None = None
         self.producer = producer
         self.delivery = delivery
         self.ledger = Ledger(producer, delivery)
@@ -79,9 +78,9 @@ class Spooling:
         """The fields of a report, but for the time that it took."""
         self.is_wiped()
         own = self.ledger.counts()
-        if self._before is None:
+        if self.before is None:
             return own
-        earlier = self._before.counts()
+        earlier = self.before.counts()
         dropped = Counter(earlier.pop("dropped")) + Counter(own.pop("dropped"))
         return {**Counter(earlier) + Counter(own), "dropped": dict(dropped)}
 
@@ -131,8 +130,8 @@ class Spooling:
 
     def leave(self) -> None:
         """Nobody waits any more. Who was interrupted does not even wait for that to be heard."""
-        if self._before is not None:
-            self._before.leave()
+        if self.before is not None:
+            self.before.leave()
         if not self.ledger.is_there():
             self.producer.directory.lock.release()
         if not self._has_left and not job_end.patience.interrupted:
@@ -142,22 +141,22 @@ class Spooling:
     def _look(self) -> Callable[[], bool]:
         """Have everything sent; looks whether all of it is settled, or cannot be."""
         waiting = Waiting(self.folder, self._hurry())
-        earlier = self._before._look() if self._before is not None else lambda: True
+        earlier = self.before._look() if self.before is not None else lambda: True
         lost, folder = self.ledger.is_lost, self.folder
         return lambda: (
             (waiting.is_over() or parked_reason(folder) is not None or lost()) and earlier()
         )
 
     def _is_let_go(self) -> bool:
-        return self.ledger.is_let_go() and (self._before is None or self._before._is_let_go())
+        return self.ledger.is_let_go() and (self.before is None or self.before._is_let_go())
 
     def _push(self) -> None:
         if self._has_left and self.left is not None and self.ledger.is_there():
             self._has_left = False
             self.delivery.begin(self.folder)
         self.delivery.push()
-        if self._before is not None:
-            self._before._push()
+        if self.before is not None:
+            self.before._push()
 
     def _hurry(self) -> tuple[int, int]:
         """Have everything that was logged until now sent without lingering; where that ends.

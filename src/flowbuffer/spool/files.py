@@ -101,7 +101,8 @@ class FileLock:
         """Whether the locked file is the one at ``path``.
 
         Raises:
-            OSError: That is not known: it cannot be looked at now, or the lock was released.
+            OSError: It cannot be looked at now.
+            ValueError: The lock was released.
         """
         own = os.fstat(self.descriptor)
         try:
@@ -149,8 +150,10 @@ class FileLock:
 
     def release(self) -> None:
         """Let go; doing so again does nothing."""
-        if self.descriptor >= 0:
+        try:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # a child may have the descriptor, too
+        except ValueError:
+            pass  # it was released before, or is by a signal handler just now
         self.leave()
 
     def leave(self) -> None:

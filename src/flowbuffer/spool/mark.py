@@ -37,6 +37,8 @@ def is_marked(root: Path) -> bool:
     if version is None and not os.path.lexists(path):
         return False
     if version is None:
+        version = _version(root)  # it may have been marked between the two looks
+    if version is None:
         raise SpoolFormatError(
             f"{path} does not say that {root} is a spool of flowbuffer; {MOVE_IT}, or remove the "
             "file if you know that it is one"

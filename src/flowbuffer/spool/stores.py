@@ -139,7 +139,7 @@ class Stores:
             found = not self.directory.lock.is_at(lock) or not all(map(is_there, self._needed()))
             if not found and segment.number >= 0 and not is_there(segment.path):
                 found = segment_outcome(segment.path) is Outcome.UNKNOWN
-        except OSError:
+        except (OSError, ValueError):  # or the lock was released meanwhile
             return False
         return found and not self._is_closed  # once it is closed, who has delivered it removes it
 
