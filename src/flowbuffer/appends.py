@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from flowbuffer.errors import InvalidPoint
 from flowbuffer.spool.places import Places
+from flowbuffer.turn import Turn
 
 _log = logging.getLogger("flowbuffer")
 
@@ -37,7 +37,7 @@ class Lenience:
     def __init__(self) -> None:
         self.invalid = 0
         self._warned: set[str] = set()
-        self._lock = threading.Lock()
+        self._turn = Turn()
 
     def around(self, append: Append) -> Append:
         """``append``, which raises no :class:`InvalidPoint`."""
@@ -47,7 +47,7 @@ class Lenience:
                 return append(*args)
             except InvalidPoint as error:
                 about = _keys_in(args)
-                with self._lock:
+                with self._turn:
                     self.invalid += error.count
                     first_time = about not in self._warned
                     self._warned.add(about)

@@ -25,6 +25,7 @@ from flowbuffer.notices import tell
 from flowbuffer.patience import Patience
 from flowbuffer.run_status import set_status
 from flowbuffer.settings import Settings
+from flowbuffer.turn import Turn
 
 
 class EndsWithJob(Protocol):
@@ -54,7 +55,7 @@ _watched: list[EndsWithJob] = []
 _own_ends: set[str] = set()  # runs that flowbuffer itself is marking ended
 _installed = False
 _is_over = False
-_lock = threading.RLock()
+_turn = Turn()
 
 #: What is left of the time to wait at the end.
 patience = Patience(lambda: {id(logger): logger.logged for logger in list(_watched)})
@@ -65,7 +66,7 @@ _SHORT_S, _LONG_S = 0.4, 5.0
 
 def watch(logger: EndsWithJob) -> None:
     """Flush and close ``logger`` at the end of the job, and flush it at the end of its run."""
-    with _lock:
+    with _turn:
         if logger not in _watched:
             _watched.append(logger)
         _install()
@@ -79,7 +80,7 @@ def is_watched(logger: EndsWithJob) -> bool:
 
 def unwatch(logger: EndsWithJob) -> None:
     """The logger has ended."""
-    with _lock:
+    with _turn:
         if logger in _watched:
             _watched.remove(logger)
 
@@ -183,7 +184,6 @@ def _install() -> None:
     global _installed
     if _installed:
         return
-    _installed = True
     atexit.register(_at_exit)
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
@@ -195,6 +195,7 @@ def _install() -> None:
         except RuntimeError:
             pass  # a thread that outlived the main thread makes its first logger: atexit it is
     _wrap_set_terminated()
+    _installed = True  # only now: who was interrupted here has it done again, which harms nothing
 
 
 def _before_threads_are_joined() -> None:
@@ -323,8 +324,7 @@ def _on_sigterm(number: int, _frame: FrameType | None) -> None:
 
 def _forget_after_fork() -> None:
     """In a forked child nothing is pending, and signals end it as they would have."""
-    global _lock, _is_over
-    _lock = threading.RLock()
+    global _is_over
     _is_over = patience.final = False
     _watched.clear()
     patience.begin()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import threading
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
     from flowbuffer.passthrough import PassThrough, Silence
-
-_log = logging.getLogger("flowbuffer")
 
 #: What is there for other modules, and not for users.
 _INTERNAL = {"close_at_end", "closes_with_run", "end_of_run", "flush_at_end"} | {
@@ -96,7 +93,12 @@ class MetricLogger(Reopening):
         self._recorder: PassThrough | Silence | None = None
         self._spooling: Spooling | None = None
         _loggers.add(self)
-        self._open()
+        try:
+            self._open()
+        except BaseException:  # the caller has no logger, and can close none
+            self._ended = True
+            job_end.unwatch(self)
+            raise
 
     @property
     def run_id(self) -> str:
@@ -149,8 +151,8 @@ class MetricLogger(Reopening):
 
     def stats(self) -> Stats:
         """The counts of this logger, and how delivery is doing."""
-        counts = self._counts()
-        return Stats(**counts, **(self._spooling.ledger.stats() if self._spooling else {}))
+        of_delivery = self._spooling.ledger.stats() if self._spooling else {}
+        return Stats(**self._counts(), **of_delivery)
 
     def close(self, timeout: float | None = None, *, failed: bool = False) -> Report:
         """Flush, then stop; the logger takes no more points. Closing again waits again.
@@ -197,8 +199,8 @@ class MetricLogger(Reopening):
     @property
     def logged(self) -> int:
         """How many points it was given."""
-        counts = self._counts()
-        return sum(counts.get(name, 0) for name in ("delivered", "rejected", "pending", "unknown"))
+        of = self._counts().get
+        return sum(of(name, 0) for name in ("delivered", "rejected", "pending", "unknown"))
 
     def flush_at_end(self) -> None:
         """Flush when the job's main thread has ended."""
@@ -262,8 +264,7 @@ class MetricLogger(Reopening):
             if left is not None:
                 producer.go_on_from(left.producer)
             delivery.begin(directory.path)
-            shown = self.shows_progress
-            self._use(Spooling(producer, delivery, shows_progress=shown))
+            self._use(Spooling(producer, delivery, shows_progress=self.shows_progress))
             if before is not None and before.producer.is_gone:
                 before.leave()
         self._is_open = True
