@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from flowbuffer import notices
+from flowbuffer import job_end, notices
 from support.backends import (
     FOREIGN_SETTINGS,
     MlflowServer,
@@ -57,6 +57,8 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.chdir(tmp_path)
     notices._outages.clear()  # tests share ids of runs
     yield
+    for logger in list(job_end._watched):  # what goes to a server that is gone would go on and on
+        logger.close(timeout=0)
     end_collector(tmp_path / "spool")
     if mlflow := sys.modules.get("mlflow"):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the server may be gone

@@ -53,6 +53,7 @@ def switched_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         logger.close(0)
     run_loggers._loggers.clear()
     runs._runs.clear()
+    runs._new_runs.clear()
     runs._told.clear()
 
 
@@ -1220,6 +1221,27 @@ def test_a_failed_block_has_everything(sqlite_uri: str) -> None:
     assert run.info.status == "FAILED"
 
 
+def test_a_new_run_is_not_looked_for(sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is logged at once to a run that was just made costs no request to look for it; later,
+    when others may have logged to it, and once it was deleted, it is looked for."""
+    looked: list[str] = []
+    ask = runs._ask
+    monkeypatch.setattr(runs, "_ask", lambda client, run: (looked.append(run), ask(client, run))[1])
+    client = MlflowClient(sqlite_uri)
+    with flowbuffer.enable():
+        new, old, deleted = (client.create_run("0").info.run_id for _ in range(3))
+        client.log_metric(new, "loss", 1.0)
+        assert looked == []
+        client.delete_run(deleted)
+        with pytest.raises(MlflowException, match="active"):
+            client.log_metric(deleted, "loss", 1.0)
+        looked.clear()
+        monkeypatch.setattr(runs, "_NEW_FOR_S", -1.0)
+        client.log_metric(old, "loss", 1.0)
+        assert looked == [old]
+    assert values(sqlite_uri, new, "loss") == values(sqlite_uri, old, "loss") == [1.0]
+
+
 def test_delete_tag_after_set_tag(run_id: str, sqlite_uri: str) -> None:
     """A tag that is set, deleted, and set again has the last value; one that is deleted last is
     gone, and does not come back."""
@@ -1478,7 +1500,7 @@ def test_a_spawned_child(start_job: StartJob, store: Store) -> None:
         lambda run: run.log_metrics({"k": 1.0}, 0, None),
         lambda run: run.log_params({"p": "1"}),
         lambda run: run.set_tags({"t": "1"}),
-        lambda run: run.log_batch([("k", 1.0, 0, 1)], [], []),
+        lambda run: run.log_batch([Metric("k", 1.0, 1, 0)], [], [], None),
     ],
     ids=["metric", "metrics", "params", "tags", "batch"],
 )

@@ -222,6 +222,17 @@ def about(points: list[tuple[int, Point]]) -> tuple[Block, np.ndarray]:
     return replace(made, key=keys), np.zeros(len(points), np.uint32)
 
 
+def test_a_name_whose_first_key_is_not_the_lowest() -> None:
+    """Threads that add one name at once give it several ids, which may be in any order in the file
+    of keys: the points are of one history, whichever id they have, and after a restart."""
+    rule = TieRule()
+    lower = block([(0, 5, 0, False, 1.0)])
+    assert rule.apply(lower, np.array([2], np.uint32)).tolist() == [5]
+    rule = TieRule(rule.state())
+    both = block([(2, 5, 0, False, 0.5), (0, 5, 0, False, 0.25)])
+    assert rule.apply(both, np.array([2, 2], np.uint32)).tolist() == [6, 7]
+
+
 @pytest.mark.parametrize("models", [1, 2, 6])
 @pytest.mark.parametrize("values", [[0.9], [0.8, 0.9], [0.9, 0.8], [1.0, 2.0, 3.0, 2.0, 1.0]])
 @pytest.mark.parametrize("same_ms", [True, False])

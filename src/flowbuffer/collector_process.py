@@ -43,11 +43,14 @@ _DESCRIPTORS_OF_A_FOLDER = 3
 _OTHER_DESCRIPTORS = 100
 
 
-def is_served(folder: Path, environment: str = "") -> bool:
+def is_served(folder: Path, environment: str = "", after_ms: int = -1) -> bool:
     """Whether a folder is of a living producer that relies on the collector process with this
-    environment. One that is closed, and whose run is gone, has nothing more to get from it."""
+    environment, and began after ``after_ms`` (in ms since the epoch). One that is closed, and whose
+    run is gone, has nothing more to get from it."""
     try:
         info = read_info(folder)
+        if info.start_ms <= after_ms:
+            return False
         relies = info.delivery == "process" and same_environment(info.environment, environment)
         relies = relies and has_producer(folder)
         return relies and not (closed_outcome(folder) and parked_reason(folder))
@@ -106,10 +109,11 @@ class Shift:
 
     def _is_superseded(self) -> bool:
         """The credentials of this process are refused, and a producer that came later may have
-        others: the collector that it starts takes them from its environment."""
+        others, though it delivers by itself for now: the collector that it starts takes them from
+        its environment."""
         return self._collector.refused and any(
-            stream.claim.info.start_ms > self._since_ms and not stream.reader.finished
-            for stream in self._collector.streams
+            is_served(folder, self._environment, after_ms=self._since_ms)
+            for folder in self._collector.spool.folders()
         )
 
 

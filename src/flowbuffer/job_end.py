@@ -60,9 +60,6 @@ _turn = Turn()
 #: What is left of the time to wait at the end.
 patience = Patience(lambda: {id(logger): logger.logged for logger in list(_watched)})
 
-#: How long an update of a run's status may take after an interrupt, and after a wait in vain, in s.
-_SHORT_S, _LONG_S = 0.4, 5.0
-
 
 def watch(logger: EndsWithJob) -> None:
     """Flush and close ``logger`` at the end of the job, and flush it at the end of its run."""
@@ -167,8 +164,8 @@ def _wrap_set_terminated() -> None:
         finally:
             _keep_exit_status()
         if not patience.exhausted:
-            bound_s = _SHORT_S if patience.interrupted else _LONG_S
-            set_status(self, run_id, true_status(status), end_time, bound_s)
+            in_haste = patience.interrupted
+            set_status(self, run_id, true_status(status), end_time, in_haste=in_haste)
         if interrupt is not None and not patience.final:
             raise interrupt.with_traceback(None)
 

@@ -20,7 +20,7 @@ from flowbuffer.handover import (
     take_collector_lock,
 )
 from flowbuffer.settings import Settings
-from flowbuffer.spool.files import FileLock, open_file
+from flowbuffer.spool.files import FileLock, OwnedFile, opened
 from flowbuffer.spool.mark import is_marked
 
 _log = logging.getLogger("flowbuffer")
@@ -79,7 +79,6 @@ class Launcher:
     def _start(self, lock: FileLock) -> None:
         from flowbuffer.azureml_client import job_of_this_process
 
-        log = -1
         try:
             os.ftruncate(lock.descriptor, 0)  # of the last collector's pid
             log = self._open_log()
@@ -96,23 +95,21 @@ class Launcher:
                 start_new_session=True,
             )
             starter.wait()
+            log.close()
         except BaseException:
             lock.release()
             raise
-        finally:
-            if log >= 0:
-                os.close(log)
         lock.leave()
 
-    def _open_log(self) -> int:
+    def _open_log(self) -> OwnedFile:
         path = self._root / "collector.log"
         try:
-            descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         except OSError:
-            return os.open(os.devnull, os.O_WRONLY)  # nobody reads it until something is wrong
-        if os.fstat(descriptor).st_size > _MAX_LOG_BYTES:
-            os.ftruncate(descriptor, 0)
-        return descriptor
+            return OwnedFile(os.devnull, "w")  # nobody reads it until something is wrong
+        if os.fstat(log.fileno()).st_size > _MAX_LOG_BYTES:
+            os.ftruncate(log.fileno(), 0)
+        return log
 
 
 def _forking() -> list[str]:

@@ -97,7 +97,8 @@ class TieRule:
         if not len(block.time):
             return block.time
         clock, time = self._risen(block)
-        self._grow(int(block.key.max()) + 1)
+        # A name's first id may be higher than its others: threads may add one name at once.
+        self._grow(max(int(block.key.max()), int(names.max())) + 1)
         by_name = np.argsort(names, kind="stable")
         name, key, step = names[by_name], block.key[by_name], block.step[by_name]
         raw, sorted_time = block.value[by_name], time[by_name]

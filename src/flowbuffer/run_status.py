@@ -11,9 +11,12 @@ from flowbuffer.delivery_client import delivery_client
 from flowbuffer.notices import tell
 from flowbuffer.translation import first_line
 
+#: How long a server may take for it after an interrupt; and everybody else, in s.
+_SHORT_S, _LONG_S = 0.6, 5.0
+
 
 def set_status(
-    tracking_client: Any, run_id: str, status: str, end_time: int | None, bound_s: float
+    tracking_client: Any, run_id: str, status: str, end_time: int | None, *, in_haste: bool
 ) -> None:
     """Mark a run ended by one request; tell if that did not go well.
 
@@ -24,9 +27,12 @@ def set_status(
         run_id: The run.
         status: As MLflow names it.
         end_time: In ms since the epoch; None is now.
-        bound_s: How long it may take, in s. In this thread, where no other can be started, that
-            holds for a server, but not for a database that is locked.
+        in_haste: Somebody wants the process to end, and a server that does not answer is not to
+            hold it up. A database that is written by this process itself gets the time it needs:
+            else a busy machine would leave the run as it is.
     """
+    over_network = not _is_database(tracking_client.store)
+    bound_s = _SHORT_S if in_haste and over_network else _LONG_S
     end_ms = end_time or SYSTEM_CLOCK.now_ns() // 1_000_000
     results: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -54,6 +60,11 @@ def _update(client: Any, run_id: str, status: str, end_ms: int, bound_s: float) 
     from mlflow.entities import RunStatus
 
     store = client.store
-    if not hasattr(store, "engine"):  # a server's, not a database
+    if not _is_database(store):
         store = delivery_client(client.tracking_uri, bound_s)._tracking_client.store
     store.update_run_info(run_id, RunStatus.from_string(status), end_ms, None)
+
+
+def _is_database(store: Any) -> bool:
+    """Whether it is MLflow's store in a database, not that of a server."""
+    return hasattr(store, "engine")

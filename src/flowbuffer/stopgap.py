@@ -135,7 +135,8 @@ class Stopgap(CollectorThread):
             self._wake.clear()
 
     def _look(self, now_s: float) -> None:
-        self._launcher.ensure()
+        if any(now_s >= folder.left_until_s for folder in self._folders.values()):
+            self._launcher.ensure()  # else it is for those to whom the folders are left
         ready = wake_collector(self.spool.root, self._environment)
         for folder in self._folders.values():
             if folder.stream not in self.streams:

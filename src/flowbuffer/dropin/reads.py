@@ -9,7 +9,12 @@ from typing import Any
 
 from flowbuffer.active_run import current_uri, settled_uri
 from flowbuffer.dropin.calls import Original
-from flowbuffer.dropin.runs import experiment_of, forget_run, models_were_logged
+from flowbuffer.dropin.runs import (
+    experiment_of,
+    forget_run,
+    models_were_logged,
+    remember_new,
+)
 from flowbuffer.run_loggers import flush_all, flush_run, flush_server
 
 _here = threading.local()
@@ -21,13 +26,15 @@ def is_reading() -> bool:
 
 
 class Waits:
-    """Methods of ``TrackingServiceClient`` that wait for what was logged before they go on.
+    """Methods of ``TrackingServiceClient`` that wait for what was logged before they go on, and the
+    one that makes runs.
 
     Args:
         tracking_client: ``TrackingServiceClient``.
     """
 
     names = (
+        "create_run",
         "get_run",
         "get_metric_history",
         "delete_tag",
@@ -41,6 +48,17 @@ class Waits:
 
     def __init__(self, tracking_client: Any) -> None:
         self._tracking_client = tracking_client
+
+    def create_run(self, original: Original) -> Original:
+        """What is logged to a new run need not look for it."""
+
+        def create_run(client: Any, *args: Any, **kwargs: Any) -> Any:
+            run = original(client, *args, **kwargs)
+            if type(client) is self._tracking_client:
+                remember_new(run)
+            return run
+
+        return create_run
 
     def _after(self, original: Original, wait: Callable[..., None]) -> Original:
         def method(client: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flowbuffer.active_run import settled_uri
+from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.credentials import vouch_for, without_credentials
 from flowbuffer.delivery_client import delivery_client
 from flowbuffer.dropin.arguments import (
@@ -304,8 +305,32 @@ def _say_start(logger: MetricLogger, uri: str) -> None:
 _started: list[bool] = []
 
 
+def remember_new(run: Any) -> None:
+    """MLflow has just made this run: what is logged at once need not look for it on the server."""
+    from mlflow.entities import Run
+
+    now_s = SYSTEM_CLOCK.monotonic_s()
+    for run_id, (_, made_s) in list(_new_runs.items()):
+        if now_s - made_s > _NEW_FOR_S:
+            _new_runs.pop(run_id, None)
+    if type(run) is Run:
+        _new_runs[run.info.run_id] = run, now_s
+
+
+def _new_run(run_id: str) -> Any:
+    run, made_s = _new_runs.pop(run_id, (None, 0.0))
+    return run if SYSTEM_CLOCK.monotonic_s() - made_s <= _NEW_FOR_S else None
+
+
+#: Runs that MLflow made in this process, and when.
+_new_runs: dict[str, tuple[Any, float]] = {}
+#: How long nobody else is expected to have logged to a run that was made here, in s.
+_NEW_FOR_S = 1.0
+
+
 def forget_run(run_id: str) -> None:
     """Look for the run again at its next call."""
+    _new_runs.pop(run_id, None)
     for key in [key for key in _runs if key[1] == run_id]:
         del _runs[key]
 
@@ -352,7 +377,7 @@ def _look(tracking_client: Any, uri: str, run_id: str) -> tuple[Mapping[str, str
     from mlflow.entities import Run
 
     try:
-        run = _ask(tracking_client, run_id)
+        run = _new_run(run_id) or _ask(tracking_client, run_id)
     except Exception as error:
         if may_pass(error, tracking_client.store) and not uri.startswith("file:"):
             return {}, False  # whoever delivers will find out

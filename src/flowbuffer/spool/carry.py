@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from flowbuffer.errors import SpoolFormatError
 from flowbuffer.spool import layout
-from flowbuffer.spool.files import open_file, read_file, write_file
+from flowbuffer.spool.files import opened, read_file, write_file
 
 _HEAD: Final = struct.Struct("<IQQ")
 
@@ -82,10 +82,8 @@ def write_in_room_of(doomed: Path, path: Path, content: bytes) -> None:
             raise
         reused = path.with_name(f".{path.name}.reused")
         doomed.replace(reused)
-        descriptor = open_file(reused, os.O_WRONLY)
-        try:
+        with opened(reused, os.O_WRONLY) as file:
+            descriptor = file.fileno()
             os.pwrite(descriptor, content, 0)
             os.ftruncate(descriptor, len(content))
-        finally:
-            os.close(descriptor)
         reused.replace(path)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flowbuffer.errors import SpoolFormatError
 from flowbuffer.spool import layout
-from flowbuffer.spool.files import open_file
+from flowbuffer.spool.files import opened
 
 SLOT_DTYPE: Final = np.dtype(layout.SLOT_COLUMNS)  # type: ignore[call-overload]
 
@@ -53,8 +53,8 @@ def mapped_segment(path: Path, number: int) -> tuple[NDArray[Any], NDArray[np.ui
         SpoolFormatError: It is not segment ``number`` of this format, or has not one whole slot.
         SpoolError: It is a link, or not a regular file of this user.
     """
-    descriptor = open_file(path, os.O_RDWR)
-    try:
+    with opened(path, os.O_RDWR) as file:
+        descriptor = file.fileno()
         size = os.fstat(descriptor).st_size
         header = os.pread(descriptor, layout.SEGMENT_HEADER_SIZE, 0)
         slots = layout.parse_segment_header(header, number)
@@ -63,8 +63,6 @@ def mapped_segment(path: Path, number: int) -> tuple[NDArray[Any], NDArray[np.ui
         if not held:
             raise SpoolFormatError("it has no slots")
         data = mmap.mmap(descriptor, layout.segment_size(held))
-    finally:
-        os.close(descriptor)
     return (
         np.frombuffer(data, SLOT_DTYPE, held, layout.SEGMENT_HEADER_SIZE),
         np.frombuffer(data, "<u4", 4, layout.WANTED_OFFSET),
@@ -138,7 +136,7 @@ def text_at(journal: Path, position: int, key: int) -> str:
 
 
 def _journal_frame(journal: Path, position: int) -> tuple[int, bytes]:
-    with os.fdopen(open_file(journal, os.O_RDONLY), "rb") as file:
+    with opened(journal, os.O_RDONLY) as file:
         size = os.fstat(file.fileno()).st_size
         if not 0 <= position < size:
             raise SpoolFormatError("its frame is beyond the journal's end")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from flowbuffer.errors import SpoolError
-from flowbuffer.spool.files import open_file, read_file, write_file
+from flowbuffer.spool.files import opened, read_file, write_file
 
 #: As much of the file is read; what is beyond it is kept, and not counted.
 MAX_BYTES: Final = 64 << 20
@@ -167,8 +167,8 @@ def remove(folder: Path, retried: Iterable[bytes]) -> None:
 
 
 def _append(path: Path, content: bytes) -> None:
-    descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    try:
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
+        descriptor = file.fileno()
         size = os.fstat(descriptor).st_size
         torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # by a kill
         rest = memoryview(b"\n" * bool(torn) + content)
@@ -178,8 +178,6 @@ def _append(path: Path, content: bytes) -> None:
         except OSError:
             os.ftruncate(descriptor, size)
             raise
-    finally:
-        os.close(descriptor)
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -173,12 +173,6 @@ def _close_inherited_locks() -> None:
 os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
-def open_file(path: Path, flags: int) -> int:
-    """The descriptor of :func:`opened`, which the caller closes."""
-    with opened(path, flags) as file:
-        return os.dup(file.fileno())
-
-
 def read_file(path: Path, *, limit: int) -> bytes:
     """The content of a file, of which at most ``limit`` bytes are read."""
     with opened(path, os.O_RDONLY) as file:

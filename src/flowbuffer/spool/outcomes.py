@@ -21,7 +21,7 @@ from pathlib import Path
 from flowbuffer.errors import SpoolFormatError
 from flowbuffer.spool import dead_letters, layout, removed
 from flowbuffer.spool.carry import read_carry, write_in_room_of
-from flowbuffer.spool.files import open_file, read_file
+from flowbuffer.spool.files import opened, read_file
 
 
 class Outcome(Enum):
@@ -190,11 +190,9 @@ def _of_states(states: Sequence[int | None]) -> list[Outcome]:
 
 
 def _states_in(segment: Path, offsets: Sequence[int]) -> list[int | None]:
-    descriptor = open_file(segment, os.O_RDONLY)
-    try:
+    with opened(segment, os.O_RDONLY) as file:
+        descriptor = file.fileno()
         found = [os.pread(descriptor, 1, at + layout.STATE_OFFSET) for at in offsets]
-    finally:
-        os.close(descriptor)
     return [state[0] if state else None for state in found]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from flowbuffer.spool.files import open_file
+from flowbuffer.spool.files import opened
 
 
 class Segment:
@@ -49,10 +49,7 @@ def sync(places: Places) -> None:
     """Bring the points at these places to the disk itself (``durability="power"``)."""
     for segment in {segment for segment in places[::2] if isinstance(segment, Segment)}:
         try:
-            descriptor = open_file(segment.path, os.O_RDWR)
+            with opened(segment.path, os.O_RDWR) as file:
+                os.fsync(file.fileno())
         except FileNotFoundError:
             continue  # delivered already
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

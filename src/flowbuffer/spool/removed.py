@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 from typing import Final
 
-from flowbuffer.spool.files import FileLock, open_file, read_file
+from flowbuffer.spool.files import FileLock, opened, read_file
 
 _RECORD: Final = struct.Struct("<8sII")
 _SETTLED: Final = 0xFFFFFFFF
@@ -36,15 +36,13 @@ def write(folder: Path, delivered: int | None) -> None:
     """
     path = folder.parent.parent / "removed"
     start = _hash(folder) + struct.pack("<I", _SETTLED if delivered is None else delivered)
-    descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
+        descriptor = file.fileno()
         size = os.fstat(descriptor).st_size
         torn = -size % _RECORD.size  # a record was cut short: what is left of its room is filled
         record = bytes(torn) + start + struct.pack("<I", zlib.crc32(start))
         if os.write(descriptor, record) < len(record):
             raise OSError(f"no room in {path}")
-    finally:
-        os.close(descriptor)
     if size >= MAX_BYTES:
         _begin_another(path)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from flowbuffer.errors import SpoolError
 from flowbuffer.spool import dead_letters, layout
 from flowbuffer.spool.carry import Carry, read_carry
-from flowbuffer.spool.files import open_file, read_file, write_file
+from flowbuffer.spool.files import opened, read_file, write_file
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, EXPLICIT, REJECTED, SERIES
 from flowbuffer.spool.outcomes import Outcome, folder_outcome, is_there, segment_outcome
 
@@ -218,13 +218,13 @@ def _first_committed(path: Path, start: int, end: int | None) -> int | None:
         OSError: It cannot be looked at now.
     """
     try:
-        descriptor = open_file(path, os.O_RDONLY)
+        file = opened(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    try:
+    with file:
         while end is None or start < end:
             size = _PIECE if end is None else min(_PIECE, end - start)
-            piece = os.pread(descriptor, size, start)
+            piece = os.pread(file.fileno(), size, start)
             slot = piece[layout.STATE_OFFSET :: layout.SLOT_SIZE].find(COMMITTED)
             if slot >= 0:
                 return start + slot * layout.SLOT_SIZE
@@ -232,8 +232,6 @@ def _first_committed(path: Path, start: int, end: int | None) -> int | None:
                 return None
             start += size
         return None
-    finally:
-        os.close(descriptor)
 
 
 def last_barrier(folder: Path) -> tuple[int, int]:
@@ -278,16 +276,15 @@ def delivery_note(folder: Path) -> dict[str, Any]:
 def want(path: Path, offset: int) -> None:
     """Say that someone waits for the slot at ``offset`` and those before it."""
     try:
-        descriptor = open_file(path, os.O_RDWR)
+        file = opened(path, os.O_RDWR)
     except OSError:
         return  # delivered already, or nothing that anybody could deliver
-    try:
+    with file:
+        descriptor = file.fileno()
         slots = (offset - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE + 1
         (wanted,) = layout.WANTED.unpack(os.pread(descriptor, 4, layout.WANTED_OFFSET))
         if slots > wanted:
             os.pwrite(descriptor, layout.WANTED.pack(slots), layout.WANTED_OFFSET)
-    finally:
-        os.close(descriptor)
 
 
 def park(folder: Path, reason: str | None) -> None:
