@@ -5,12 +5,14 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import hypothesis
 import pytest
 
-from flowbuffer import job_end, notices
+from flowbuffer import delivery, job_end, notices
+from flowbuffer.collector_thread import CollectorThread
 from support.backends import (
     FOREIGN_SETTINGS,
     MlflowServer,
@@ -57,8 +59,11 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.chdir(tmp_path)
     notices._outages.clear()  # tests share ids of runs
     yield
-    for logger in list(job_end._watched):  # what goes to a server that is gone would go on and on
+    for logger in list(job_end._watched):
         logger.close(timeout=0)
+    for thread in delivery._threads.values():  # what goes to a server that is gone goes on and on
+        thread._ask(partial(_let_go, thread))
+    delivery._threads.clear()
     end_collector(tmp_path / "spool")
     if mlflow := sys.modules.get("mlflow"):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the server may be gone
@@ -67,6 +72,12 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
                 mlflow.end_run()
         mlflow.set_tracking_uri(None)
         mlflow.tracking.fluent._active_experiment_id = None
+
+
+def _let_go(thread: CollectorThread) -> None:
+    """Leave all that it delivers, in the thread itself."""
+    if thread._made is not None:
+        thread._made.leave()
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,8 @@ def limit() -> Iterator[Callable[[int], None]]:
 
 def test_many_runs_that_never_end(tmp_path: Path, limit: Callable[[int], None]) -> None:
     """With 48 descriptors a process logs to 60 runs, again and again, and nothing is lost."""
-    limit(len(os.listdir("/dev/fd")) + 48)
+    before = len(os.listdir("/dev/fd"))
+    limit(before + 48)
     settings = Settings(spool_dir=tmp_path / "spool", offline=True, max_spool_bytes=1 << 30)
     loggers = []
     for number in range(60):
@@ -48,7 +49,7 @@ def test_many_runs_that_never_end(tmp_path: Path, limit: Callable[[int], None]) 
     for step in (1, 2):
         for logger in loggers[::9]:
             logger.log_metric("loss", 0.5, step)
-    assert len(os.listdir("/dev/fd")) < 200
+    assert len(os.listdir("/dev/fd")) <= before + 48
     for number, logger in enumerate(loggers):
         report = logger.close(0)
         assert report.pending == (3 if number % 9 == 0 else 1)

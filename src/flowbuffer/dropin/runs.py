@@ -324,8 +324,8 @@ def _new_run(run_id: str) -> Any:
 
 #: Runs that MLflow made in this process, and when.
 _new_runs: dict[str, tuple[Any, float]] = {}
-#: How long nobody else is expected to have logged to a run that was made here, in s.
-_NEW_FOR_S = 1.0
+#: For so long, in s, nobody else can have heard of a run that was made here, and logged to it.
+_NEW_FOR_S = 0.1
 
 
 def forget_run(run_id: str) -> None:
@@ -337,6 +337,7 @@ def forget_run(run_id: str) -> None:
 
 def models_were_logged(run_id: str) -> None:
     """From now on a metric of the run may belong to a model, too."""
+    _new_runs.pop(run_id, None)
     for (_, own_id), run in list(_runs.items()):
         if own_id == run_id:
             run.has_models = True
