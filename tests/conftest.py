@@ -13,6 +13,7 @@ import pytest
 
 from flowbuffer import delivery, job_end, notices
 from flowbuffer.collector_thread import CollectorThread
+from support import sampling
 from support.backends import (
     FOREIGN_SETTINGS,
     MlflowServer,
@@ -33,6 +34,16 @@ hypothesis.settings.register_profile("unhurried", deadline=None)  # machines may
 hypothesis.settings.load_profile("unhurried")
 
 SLOW_FIXTURES = {"server_sqlite": "server", "server_postgres": "server", "postgres": "postgres"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every", action="store_true", help="every case where the suite runs a part of many"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    sampling.every = config.getoption("--every")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

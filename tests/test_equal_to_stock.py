@@ -25,6 +25,7 @@ import flowbuffer
 from flowbuffer import run_loggers
 from flowbuffer.dropin import runs
 from support.backends import MlflowServer
+from support.sampling import part_of_table
 from support.stored import stored
 
 T = 1_700_000_000_000
@@ -348,7 +349,7 @@ def assert_equal(cases: dict[str, Call], uri: str, *, known_only: bool = False) 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_calls_on_a_database(sqlite_uri: str, table: dict[str, Call]) -> None:
     """Each call does on a SQLite store what it does with MLflow alone."""
-    assert_equal(table, sqlite_uri)
+    assert_equal(part_of_table(table, 3), sqlite_uri)
 
 
 #: What MLflow's client for servers takes otherwise than its databases do.
@@ -359,7 +360,7 @@ SERVER_TABLES = {"keys": KEYS, "integers": INTEGERS}
 @pytest.mark.parametrize("table", SERVER_TABLES.values(), ids=SERVER_TABLES)
 def test_calls_on_a_server(server_sqlite: MlflowServer, table: dict[str, Call]) -> None:
     """So does each call on a tracking server."""
-    assert_equal(table, server_sqlite.uri, known_only=True)
+    assert_equal(part_of_table(table, 4), server_sqlite.uri, known_only=True)
 
 
 NUMPY_INTEGERS: dict[str, Call] = {
