@@ -29,6 +29,8 @@ _log = logging.getLogger("flowbuffer")
 #: How long who asked for something waits until it is begun, and who ends until a round is over in
 #: which a folder may be deleted, in s. Nothing depends on either but what others see.
 _SOON_S = 1.0
+#: How often a thread that is at work is told again that somebody waits, in s.
+_AGAIN_S = 0.05
 #: How often it is looked whether a folder has to be taken, in s.
 _LOOK_EVERY_S = 0.2
 #: How often who logs here is called, in s.
@@ -59,6 +61,7 @@ class CollectorThread:
         self._background = Background(name, self._work, lambda: not self._asked.empty())
         self._inline = settings.delivery == "inline"
         self._in_round = False
+        self._hurried_s: dict[Path, float] = {}  # when somebody last said that it waits
         self._look_at_s = self._tend_at_s = -math.inf
         self._made: Collector | None = None
 
@@ -74,8 +77,22 @@ class CollectorThread:
         self._ask(lambda: self._leave(folder))
         self._wait_until(lambda: self._asked.empty() and not self._in_round)
 
-    def hurry(self, folder: Path) -> None:
-        """Somebody waits for points in a folder; said again and again until they are delivered."""
+    def hurry(self, folder: Path, *, again: bool = False) -> None:
+        """Somebody waits for points in a folder; said again and again until they are delivered.
+
+        Args:
+            folder: The folder.
+            again: It was said before in the same wait. A thread that is at work hears that only now
+                and then: each time is a round, which holds up what is being sent.
+        """
+        now_s = SYSTEM_CLOCK.monotonic_s()
+        if (
+            again
+            and self._background.at_work
+            and now_s < self._hurried_s.get(folder, -math.inf) + _AGAIN_S
+        ):
+            return
+        self._hurried_s[folder] = now_s
         self._ask(lambda: self._hurry(folder))
 
     @property
@@ -166,6 +183,7 @@ class CollectorThread:
 
     def _leave(self, folder: Path) -> None:
         self._users.pop(folder, None)
+        self._hurried_s.pop(folder, None)
 
     def _hurry(self, folder: Path) -> None:
         if folder in self._users:

@@ -42,8 +42,9 @@ class Delivery(Protocol):
     def begin(self, folder: Path) -> None:
         """The producer's folder is there."""
 
-    def push(self) -> None:
-        """Someone waits for a point. Called again and again until it is delivered."""
+    def push(self, *, again: bool = False) -> None:
+        """Someone waits for a point. Called again and again until it is delivered, with ``again``
+        from the second time on."""
 
     def end(self) -> None:
         """The producer is closed, and nobody waits any more."""
@@ -70,7 +71,7 @@ class NoDelivery:
     def begin(self, folder: Path) -> None:
         park(folder, "flowbuffer is offline")
 
-    def push(self) -> None: ...
+    def push(self, *, again: bool = False) -> None: ...
 
     def end(self) -> None: ...
 
@@ -105,10 +106,10 @@ class DeliveryHere:
         self._folder = folder
         self._thread.join(self, folder, self._uri)
 
-    def push(self) -> None:
+    def push(self, *, again: bool = False) -> None:
         # A forked child waits for a point of its parent, which delivers it.
         if os.getpid() == self._pid and self._folder is not None:
-            self._thread.hurry(self._folder)
+            self._thread.hurry(self._folder, again=again)
 
     def end(self) -> None:
         if os.getpid() == self._pid and self._folder is not None:

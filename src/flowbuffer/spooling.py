@@ -150,13 +150,13 @@ class Spooling:
     def _is_let_go(self) -> bool:
         return self.ledger.is_let_go() and (self.before is None or self.before._is_let_go())
 
-    def _push(self) -> None:
+    def _push(self, *, again: bool) -> None:
         if self._has_left and self.left is not None and self.ledger.is_there():
             self._has_left = False
             self.delivery.begin(self.folder)
-        self.delivery.push()
+        self.delivery.push(again=again)
         if self.before is not None:
-            self.before._push()
+            self.before._push(again=again)
 
     def _hurry(self) -> tuple[int, int]:
         """Have everything that was logged until now sent without lingering; where that ends.
@@ -172,8 +172,12 @@ class Spooling:
     ) -> bool:
         shown = Progress(self.counts, deadline_s, off=not self._shows_progress)
 
+        again = False
+
         def meanwhile(waited_s: float) -> None:
-            self._push()
+            nonlocal again
+            self._push(again=again)
+            again = True
             shown.show(waited_s)
 
         try:
