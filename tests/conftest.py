@@ -11,8 +11,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from flowbuffer import delivery, job_end, notices
-from flowbuffer.collector_thread import CollectorThread
+from flowbuffer import notices
+from flowbuffer.collector import deliverers
+from flowbuffer.collector.thread import CollectorThread
+from flowbuffer.logger import job_end
 from support import sampling
 from support.backends import (
     FOREIGN_SETTINGS,
@@ -72,9 +74,9 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     yield
     for logger in list(job_end._watched):
         logger.close(timeout=0)
-    for thread in delivery._threads.values():  # what goes to a server that is gone goes on and on
+    for thread in deliverers._threads.values():  # what goes to a server that is gone goes on and on
         thread._ask(partial(_let_go, thread))
-    delivery._threads.clear()
+    deliverers._threads.clear()
     end_collector(tmp_path / "spool")
     if mlflow := sys.modules.get("mlflow"):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the server may be gone

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from flowbuffer import Settings
-from flowbuffer.azureml_client import AzureMLRequests, Ingestion
-from flowbuffer.azureml_transport import AzureMLTransport
+from flowbuffer.backends.azureml_requests import AzureMLRequests, Ingestion
+from flowbuffer.backends.azureml_transport import AzureMLTransport
+from flowbuffer.backends.mlflow_transport import Request
 from flowbuffer.clock import Clock
+from flowbuffer.collector.handover import collector_environment
 from flowbuffer.errors import (
     RejectedError,
     RetriableError,
@@ -22,10 +24,8 @@ from flowbuffer.errors import (
     TransportError,
     UnauthorisedError,
 )
-from flowbuffer.handover import collector_environment
 from flowbuffer.spool.outcomes import Outcome, slot_outcomes
 from flowbuffer.testing import FakeTransport, ManualClock
-from flowbuffer.transport import Request
 from support.small_spool import SmallSpool
 
 # The sender.

@@ -15,7 +15,10 @@ import mlflow
 import pytest
 from mlflow.entities import Metric
 
-from flowbuffer.base import Request
+from flowbuffer.backends.base import Request
+from flowbuffer.backends.mlflow_transport import MlflowTransport
+from flowbuffer.backends.rest import is_answer
+from flowbuffer.backends.translation import translated
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import (
     DoubtfulError,
@@ -25,12 +28,9 @@ from flowbuffer.errors import (
     TooLargeError,
     TransportError,
 )
-from flowbuffer.settings import Settings
-from flowbuffer.single_requests import is_answer
+from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.layout import PARAM
 from flowbuffer.testing import FakeTransport
-from flowbuffer.translation import translated
-from flowbuffer.transport import MlflowTransport
 from support.answer_matrix import Matrix, sample
 from support.answering import LOG_BATCH, AnsweringServer, said
 from support.backends import history, make_run

@@ -13,7 +13,7 @@ import pytest
 
 import flowbuffer
 from flowbuffer.errors import InvalidPoint
-from flowbuffer.spool.points import (
+from flowbuffer.spool.writing.points import (
     checked_key,
     checked_series,
     checked_step,

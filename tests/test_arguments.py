@@ -23,8 +23,8 @@ from flowbuffer import (
     Settings,
     SpoolFull,
     WaitTimeout,
-    active_run,
 )
+from flowbuffer.logger import active_run
 from flowbuffer.notices import tell_outage
 from support.backends import client, history, make_run
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flowbuffer import MetricLogger, Settings
-from flowbuffer.background import Background, Wake
+from flowbuffer.collector.background import Background, Wake
 from support.backends import history, make_run
 from support.jobs import StartJob, Store
 from support.waiting import wait_until
@@ -257,7 +257,7 @@ def test_what_is_an_interpreter(
     program: str, is_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only what is called as interpreters are is started as one."""
-    from flowbuffer.handover import interpreter
+    from flowbuffer.collector.handover import interpreter
 
     path = tmp_path / program
     path.touch(mode=0o700)
@@ -290,7 +290,7 @@ def test_a_fork_while_a_thread_imports(start_job: StartJob, store: Store) -> Non
 
         class Finder(importlib.abc.MetaPathFinder):
             def find_spec(self, name, *_):
-                if name == "flowbuffer.sender":
+                if name == "flowbuffer.delivery.sender":
                     sys.meta_path.remove(self)
                     imports.set()
 

@@ -10,27 +10,27 @@ from pathlib import Path
 import pytest
 
 from flowbuffer import MetricLogger, Settings
-from flowbuffer.background import Background
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.collector import Collector
-from flowbuffer.collector_process import Shift, is_served
-from flowbuffer.delivery import DeliveryByProcess
-from flowbuffer.errors import RetriableError, RunGoneError, UnauthorisedError
-from flowbuffer.handover import (
+from flowbuffer.collector.background import Background
+from flowbuffer.collector.collector import Collector
+from flowbuffer.collector.deliverers import DeliveryByProcess
+from flowbuffer.collector.handover import (
     collector_environment,
     collector_lock,
     collector_works,
     fingerprint,
     take_collector_lock,
 )
-from flowbuffer.launcher import Launcher
-from flowbuffer.spool.directory import ProducerDirectory, Spool
+from flowbuffer.collector.launcher import Launcher
+from flowbuffer.collector.process import Shift, is_served
+from flowbuffer.collector.stopgap import Stopgap
+from flowbuffer.errors import RetriableError, RunGoneError, UnauthorisedError
 from flowbuffer.spool.files import FileLock
-from flowbuffer.spool.info import this_producer
-from flowbuffer.spool.producer import Producer
-from flowbuffer.spool.reader import Reader
+from flowbuffer.spool.folders import ProducerDirectory, Spool
+from flowbuffer.spool.producer_info import this_producer
+from flowbuffer.spool.reading.reader import Reader
 from flowbuffer.spool.states import delivery_note, hurry_to_end, park
-from flowbuffer.stopgap import Stopgap
+from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import MlflowServer, history, make_run
 from support.collectors import collector_pid, end_collector, is_free
@@ -379,7 +379,7 @@ def test_whoever_waits_needs_no_collector(
     sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where no process can be started, that is said once, and waiting delivers all the same."""
-    monkeypatch.setattr("flowbuffer.launcher.interpreter", lambda: None)
+    monkeypatch.setattr("flowbuffer.collector.launcher.interpreter", lambda: None)
     run_id = make_run(sqlite_uri)
     settings = Settings.from_env(delivery="process")
     logger = MetricLogger(run_id, tracking_uri=sqlite_uri, settings=settings)
@@ -420,8 +420,8 @@ class Standing:
         self.clock = ManualClock()
         self.ready = False
         monkeypatch.setattr(Launcher, "ensure", lambda _: None)
-        monkeypatch.setattr("flowbuffer.stopgap.wake_collector", lambda *_: self.ready)
-        monkeypatch.setattr("flowbuffer.stopgap.SYSTEM_CLOCK", self.clock)
+        monkeypatch.setattr("flowbuffer.collector.stopgap.wake_collector", lambda *_: self.ready)
+        monkeypatch.setattr("flowbuffer.collector.stopgap.SYSTEM_CLOCK", self.clock)
         monkeypatch.setattr(Background, "begin", lambda _: True)
         settings = Settings(spool_dir=root)
         self.stopgap = Stopgap(settings, "http://127.0.0.1:9", "")
@@ -547,7 +547,7 @@ def test_it_imports_no_training_framework(
 def test_the_command_that_starts_it() -> None:
     """Started by hand and without a spool, the module says how it is used."""
     done = subprocess.run(
-        [sys.executable, "-m", "flowbuffer.collector_process"], capture_output=True, text=True
+        [sys.executable, "-m", "flowbuffer.collector.process"], capture_output=True, text=True
     )
     assert done.returncode == 2
     assert "flowbuffer sync" in done.stderr

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from flowbuffer import Settings, cli
-from flowbuffer.collector import Collector
+from flowbuffer import Settings
+from flowbuffer.collector.collector import Collector
+from flowbuffer.collector.handover import collector_lock
+from flowbuffer.commands import cli
 from flowbuffer.errors import RejectedError
-from flowbuffer.handover import collector_lock
-from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.files import FileLock
+from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.states import tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.left_over import leave
@@ -117,7 +118,7 @@ def test_help_and_status_are_light(spool: Path) -> None:
     leave(spool)
     code = """
 import sys
-from flowbuffer.cli import main
+from flowbuffer.commands.cli import main
 assert main(["--help"]) == 0 and main(["sync", "--help"]) == 0
 assert not {"mlflow", "numpy", "rich"} & set(sys.modules)
 assert main(["status"]) == 0

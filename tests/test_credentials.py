@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from flowbuffer import MetricLogger, Settings, cli, credentials
-from flowbuffer.base import Request
+from flowbuffer import MetricLogger, Settings
+from flowbuffer.backends import credentials
+from flowbuffer.backends.base import Request
+from flowbuffer.backends.credentials import belongs, check_may_ask, vouch_for
+from flowbuffer.backends.mlflow_transport import MlflowTransport
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.credentials import belongs, check_may_ask, vouch_for
+from flowbuffer.commands import cli
 from flowbuffer.errors import TransportError, UnauthorisedError
-from flowbuffer.transport import MlflowTransport
 from support.answering import AnsweringServer, said
 from support.waiting import wait_until
 

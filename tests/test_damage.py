@@ -18,15 +18,15 @@ from random import Random
 import pytest
 
 from flowbuffer import Settings
-from flowbuffer.collector import POLL_S, Collector
+from flowbuffer.backends.mlflow_transport import Request
+from flowbuffer.collector.collector import POLL_S, Collector
 from flowbuffer.errors import RejectedError, TransportError
 from flowbuffer.spool import layout
-from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.info import this_producer
-from flowbuffer.spool.producer import Producer
-from flowbuffer.spool.reader import Reader
+from flowbuffer.spool.folders import Spool
+from flowbuffer.spool.producer_info import this_producer
+from flowbuffer.spool.reading.reader import Reader
+from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
-from flowbuffer.transport import Request
 from support.sampling import part_of
 
 RUN = "0123456789abcdef0123456789abcdef"

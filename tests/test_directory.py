@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from flowbuffer.errors import SpoolError, SpoolFormatError
-from flowbuffer.spool.directory import Spool, escaped
 from flowbuffer.spool.files import FileLock, file_system_of
-from flowbuffer.spool.info import read_info, this_producer
+from flowbuffer.spool.folders import Spool, escaped
+from flowbuffer.spool.producer_info import read_info, this_producer
 
 
 @pytest.fixture

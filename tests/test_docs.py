@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 import flowbuffer
-from flowbuffer import cli
+from flowbuffer.commands import cli
 
 ROOT = Path(__file__).parent.parent
 

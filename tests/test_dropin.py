@@ -26,10 +26,12 @@ from mlflow.tracking._tracking_service.client import TrackingServiceClient
 from mlflow.utils.async_logging.run_operations import RunOperations
 
 import flowbuffer
-from flowbuffer import SettingError, cli, run_loggers
-from flowbuffer.delivery_client import delivery_client
-from flowbuffer.dropin import runs
-from flowbuffer.transport import MlflowTransport
+from flowbuffer import SettingError
+from flowbuffer.backends.mlflow_client import delivery_client
+from flowbuffer.backends.mlflow_transport import MlflowTransport
+from flowbuffer.commands import cli
+from flowbuffer.dropin import known_runs
+from flowbuffer.logger import by_run
 from support.backends import MlflowServer, copy_sqlite, make_run
 from support.jobs import StartJob, Store
 from support.stored import models, rows, stored
@@ -49,12 +51,12 @@ def switched_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     flowbuffer.disable()
     mlflow.clear_active_model()
-    for logger in run_loggers.all_loggers():
+    for logger in by_run.all_loggers():
         logger.close(0)
-    run_loggers._loggers.clear()
-    runs._runs.clear()
-    runs._new_runs.clear()
-    runs._told.clear()
+    by_run._loggers.clear()
+    known_runs._runs.clear()
+    known_runs._new_runs.clear()
+    known_runs._told.clear()
 
 
 @pytest.fixture
@@ -346,7 +348,7 @@ def test_own_functions_and_mlflows_keep_one_order(run_id: str, sqlite_uri: str) 
     flowbuffer.enable(linger_s=HELD)
     for value in range(60):
         (flowbuffer.log_metric, mlflow.log_metric)[value % 2]("k", float(-value))
-    assert len(run_loggers.all_loggers()) == 1
+    assert len(by_run.all_loggers()) == 1
     flowbuffer.disable()
     assert values(sqlite_uri, run_id, "k") == [1.0, *(float(-value) for value in range(60))]
 
@@ -1049,7 +1051,7 @@ def with_an_old_output(c: MlflowClient, r: str, ids: list[str]) -> None:
 
 def with_outputs_of_another_process(c: MlflowClient, _: str, ids: list[str]) -> None:
     run_id = c.create_run("0").info.run_id
-    runs._new_runs.clear()  # another process needs some time to hear of the run
+    known_runs._new_runs.clear()  # another process needs some time to hear of the run
     elsewhere(mlflow.get_tracking_uri()).log_outputs(run_id, [LoggedModelOutput(ids[0], step=2)])
     for number in range(3):
         mlflow.log_metric(f"k{number}", 1.0, step=2, run_id=run_id)
@@ -1226,8 +1228,10 @@ def test_a_new_run_is_not_looked_for(sqlite_uri: str, monkeypatch: pytest.Monkey
     """What is logged at once to a run that was just made costs no request to look for it; later,
     when others may have logged to it, and once it was deleted, it is looked for."""
     looked: list[str] = []
-    ask = runs._ask
-    monkeypatch.setattr(runs, "_ask", lambda client, run: (looked.append(run), ask(client, run))[1])
+    ask = known_runs._ask
+    monkeypatch.setattr(
+        known_runs, "_ask", lambda client, run: (looked.append(run), ask(client, run))[1]
+    )
     client = MlflowClient(sqlite_uri)
     with flowbuffer.enable():
         new, old, deleted = (client.create_run("0").info.run_id for _ in range(3))
@@ -1237,7 +1241,7 @@ def test_a_new_run_is_not_looked_for(sqlite_uri: str, monkeypatch: pytest.Monkey
         with pytest.raises(MlflowException, match="active"):
             client.log_metric(deleted, "loss", 1.0)
         looked.clear()
-        monkeypatch.setattr(runs, "_NEW_FOR_S", -1.0)
+        monkeypatch.setattr(known_runs, "_NEW_FOR_S", -1.0)
         client.log_metric(old, "loss", 1.0)
         assert looked == [old]
     assert values(sqlite_uri, new, "loss") == values(sqlite_uri, old, "loss") == [1.0]
@@ -1506,13 +1510,13 @@ def test_a_spawned_child(start_job: StartJob, store: Store) -> None:
     ids=["metric", "metrics", "params", "tags", "batch"],
 )
 def test_a_run_that_another_thread_ends_meanwhile(
-    run_id: str, sqlite_uri: str, log: Callable[[runs.BufferedRun], object]
+    run_id: str, sqlite_uri: str, log: Callable[[known_runs.BufferedRun], object]
 ) -> None:
     """Between the look at the run and the store its logger may be closed, by a run that ends in
     another thread: MLflow takes the call then, and nothing is raised in it."""
     logger = flowbuffer.MetricLogger(run_id, tracking_uri=sqlite_uri)
     store = MlflowClient(sqlite_uri)._tracking_client.store
-    run = runs.BufferedRun(logger, store, {}, has_models=False)
+    run = known_runs.BufferedRun(logger, store, {}, has_models=False)
     logger.close()
-    with pytest.raises(runs.NotBuffered):
+    with pytest.raises(known_runs.NotBuffered):
         log(run)

@@ -22,8 +22,8 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import fluent
 
 import flowbuffer
-from flowbuffer import run_loggers
-from flowbuffer.dropin import runs
+from flowbuffer.dropin import known_runs
+from flowbuffer.logger import by_run
 from support.backends import MlflowServer
 from support.sampling import part_of_table
 from support.stored import stored
@@ -300,10 +300,10 @@ def switched_off() -> Iterator[None]:
     """No switch, logger or known run passes between tests."""
     yield
     flowbuffer.disable()
-    for logger in run_loggers.all_loggers():
+    for logger in by_run.all_loggers():
         logger.close(0)
-    run_loggers._loggers.clear()
-    runs._runs.clear()
+    by_run._loggers.clear()
+    known_runs._runs.clear()
 
 
 def outcome(call: Call, run_id: str) -> object:

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-import flowbuffer.sender
-from flowbuffer import DeliveryError, MetricLogger, Settings, cli
-from flowbuffer.retry import RetryPolicy
+import flowbuffer.delivery.sender
+from flowbuffer import DeliveryError, MetricLogger, Settings
+from flowbuffer.commands import cli
+from flowbuffer.delivery.retry import RetryPolicy
 from support.backends import MlflowServer, client, histories, make_run
 from support.faults import (
     Action,
@@ -41,7 +42,7 @@ KEYS = ("loss", "accuracy", "rate")
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits between attempts that suit a test; what the server asks for comes on top."""
     policy = functools.partial(RetryPolicy, first_s=0.02, most_s=0.2, unauthorised_s=0.2)
-    monkeypatch.setattr(flowbuffer.sender, "RetryPolicy", policy)
+    monkeypatch.setattr(flowbuffer.delivery.sender, "RetryPolicy", policy)
 
 
 @pytest.fixture

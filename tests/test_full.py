@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from flowbuffer import MetricLogger, Settings
-from flowbuffer.collector import Collector
+from flowbuffer.collector.collector import Collector
 from flowbuffer.errors import DeliveryError, RetriableError, SpoolFull
-from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.info import this_producer
-from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.folders import Spool
+from flowbuffer.spool.producer_info import this_producer
 from flowbuffer.spool.states import tally
+from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import history, make_run
 

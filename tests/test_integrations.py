@@ -22,7 +22,8 @@ from typing import Any
 import mlflow
 import pytest
 
-from flowbuffer import Settings, cli
+from flowbuffer import Settings
+from flowbuffer.commands import cli
 from support.backends import client, histories, history, make_run
 from support.waiting import PATIENCE_S
 

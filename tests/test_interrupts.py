@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flowbuffer.clock import Clock
-from flowbuffer.patience import Patience
+from flowbuffer.logger.patience import Patience
 from support.backends import free_port
 from support.jobs import Ended, Job, StartJob, Store
 
@@ -20,7 +20,7 @@ DOWN = """
 import signal
 from flowbuffer.clock import Clock
 from flowbuffer.errors import RetriableError
-from flowbuffer.transport import MlflowTransport
+from flowbuffer.backends.mlflow_transport import MlflowTransport
 
 real_log_batch, real_sleep, ending = MlflowTransport._log_batch, Clock.sleep, []
 
@@ -200,14 +200,14 @@ def test_what_an_exit_handler_logs_arrives(start_job: StartJob, store: Store, wh
     job = start_job(
         f"""
         import atexit
-        import flowbuffer.plugin
+        import flowbuffer.dropin.plugin
         if {when == "after every hook"}:
-            atexit.unregister(flowbuffer.plugin._at_the_very_end)
+            atexit.unregister(flowbuffer.dropin.plugin._at_the_very_end)
         def late():
             logger.log_metric("loss", 2.0)
             flowbuffer.log_metric("late", 3.0)
         atexit.register(late)
-        atexit.register(flowbuffer.plugin._at_the_very_end)
+        atexit.register(flowbuffer.dropin.plugin._at_the_very_end)
         mlflow.start_run(run_id=RUN)
         logger = MetricLogger(RUN)
         logger.log_metric("loss", 1.0)
@@ -225,10 +225,10 @@ def test_a_late_point_that_cannot_be_delivered_is_told(start_job: StartJob) -> N
     job = start_job(
         """
         import atexit
-        import flowbuffer.plugin
-        atexit.unregister(flowbuffer.plugin._at_the_very_end)
+        import flowbuffer.dropin.plugin
+        atexit.unregister(flowbuffer.dropin.plugin._at_the_very_end)
         atexit.register(lambda: [logger.log_metric("loss", 2.0) for _ in range(3)])
-        atexit.register(flowbuffer.plugin._at_the_very_end)
+        atexit.register(flowbuffer.dropin.plugin._at_the_very_end)
         logger = MetricLogger(RUN)
         """,
         uri=f"http://127.0.0.1:{free_port()}",

@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowbuffer.encoding import Encoder
-from flowbuffer.handle import Handle
-from flowbuffer.ordering import Backlog, TieRule
-from flowbuffer.run_keys import RunKeys
-from flowbuffer.source import Source
-from flowbuffer.spool import blocks, dead_letters, key_table, reader
+from flowbuffer.delivery.encoding import Encoder
+from flowbuffer.delivery.key_numbers import RunKeys
+from flowbuffer.delivery.ordering import Backlog, TieRule
+from flowbuffer.delivery.source import Source
+from flowbuffer.logger.handle import Handle
+from flowbuffer.spool import dead_letters
 from flowbuffer.spool.layout import PARAM
 from flowbuffer.spool.outcomes import Outcome, slot_outcomes
-from flowbuffer.spool.places import Places
+from flowbuffer.spool.reading import blocks, key_table, reader
 from flowbuffer.spool.states import tally
+from flowbuffer.spool.writing.places import Places
 from flowbuffer.testing import FakeTransport
 from support.small_spool import SmallSpool
 

@@ -23,7 +23,7 @@ from flowbuffer import (
     Settings,
     SpoolError,
 )
-from flowbuffer.spool import directory
+from flowbuffer.spool import folders
 from support.backends import history, make_run
 from support.waiting import PATIENCE_S
 
@@ -162,13 +162,13 @@ def test_a_folder_is_deleted_when_close_returns(
     run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever delivers in this process is not stopped by its end in the middle of a deletion."""
-    delete = directory._delete
+    delete = folders._delete
 
     def slowly(folder: Path) -> None:
         threading.Event().wait(0.2)
         delete(folder)
 
-    monkeypatch.setattr(directory, "_delete", slowly)
+    monkeypatch.setattr(folders, "_delete", slowly)
     logger = MetricLogger(run_id)
     logger.log_metric("k", 1.0)
     logger.close()
@@ -217,7 +217,7 @@ def test_a_spool_behind_a_link_is_refused(run_id: str, tmp_path: Path) -> None:
 
 def test_a_network_file_system_is_refused(run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A spool on NFS or FUSE is refused, and the message names the setting that moves it."""
-    monkeypatch.setattr("flowbuffer.spool.directory.file_system_of", lambda _: "nfs4")
+    monkeypatch.setattr("flowbuffer.spool.folders.file_system_of", lambda _: "nfs4")
     with pytest.raises(SpoolError, match="FLOWBUFFER_SPOOL_DIR"):
         MetricLogger(run_id)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import flowbuffer.commands.sync
-import flowbuffer.sender
-from flowbuffer import MetricLogger, cli
-from flowbuffer.retry import RetryPolicy
+import flowbuffer.delivery.sender
+from flowbuffer import MetricLogger
+from flowbuffer.commands import cli
+from flowbuffer.delivery.retry import RetryPolicy
 from flowbuffer.spool import layout
-from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.info import OFFLINE
+from flowbuffer.spool.folders import Spool
+from flowbuffer.spool.producer_info import OFFLINE
 from support.backends import MlflowServer, client, history, make_run
 from support.faults import FaultProxy
 from support.jobs import StartJob
@@ -28,7 +29,7 @@ NOWHERE = "http://127.0.0.1:1"
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits between attempts that suit a test."""
     policy = functools.partial(RetryPolicy, first_s=0.02)
-    monkeypatch.setattr(flowbuffer.sender, "RetryPolicy", policy)
+    monkeypatch.setattr(flowbuffer.delivery.sender, "RetryPolicy", policy)
     monkeypatch.setattr(flowbuffer.commands.sync, "RetryPolicy", policy)
 
 
@@ -229,7 +230,7 @@ def test_two_syncs_and_a_collector_at_once(
         leave(spool, "far", sqlite_uri, range(1000), delivery=OFFLINE)
     job = start_job(
         """
-        from flowbuffer.launcher import Launcher
+        from flowbuffer.collector.launcher import Launcher
 
         settings = Settings.from_env()
         Launcher(settings.spool_dir, settings, os.environ["MLFLOW_TRACKING_URI"], "").ensure()

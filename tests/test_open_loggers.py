@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from flowbuffer import MetricLogger, Settings, open_loggers
-from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.info import this_producer
+from flowbuffer import MetricLogger, Settings
+from flowbuffer.logger import open_loggers
+from flowbuffer.spool.folders import Spool
+from flowbuffer.spool.producer_info import this_producer
 from support.backends import history, make_run
 
 NOWHERE = "http://127.0.0.1:9"  # refuses connections

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowbuffer.ordering import ROW, Backlog, TieRule
-from flowbuffer.spool.columns import Block
+from flowbuffer.delivery.ordering import ROW, Backlog, TieRule
+from flowbuffer.spool.reading.columns import Block
 
 # (key, time in ms, step, explicit, value): few of each, so that ties are the rule.
 Point = tuple[int, int, int, bool, float]

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 
 from flowbuffer import MetricLogger, Settings
-from flowbuffer.collector import Collector
+from flowbuffer.backends.mlflow_transport import Request
+from flowbuffer.collector.collector import Collector
 from flowbuffer.commands.clean import clean
 from flowbuffer.commands.rejected import retry
 from flowbuffer.errors import DeliveryError, RejectedError, WaitTimeout
-from flowbuffer.handle import Handle
+from flowbuffer.logger.handle import Handle
 from flowbuffer.spool import dead_letters, removed
-from flowbuffer.spool.directory import Spool
+from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.outcomes import Outcome, folder_outcome, slot_outcomes
 from flowbuffer.spool.states import Tally, Waiting, tally, tally_since
 from flowbuffer.testing import FakeTransport
-from flowbuffer.transport import Request
 from support.backends import make_run
 from support.small_spool import SmallSpool
 

@@ -15,8 +15,9 @@ from typing import Any
 import mlflow
 import pytest
 
-from flowbuffer import SettingError, cli
-from flowbuffer.spool.directory import Spool
+from flowbuffer import SettingError
+from flowbuffer.commands import cli
+from flowbuffer.spool.folders import Spool
 from support.backends import MlflowServer, client, copy_sqlite, make_run
 from support.jobs import Ended
 from support.stored import models, rows, stored
@@ -272,7 +273,7 @@ def test_an_unchanged_script_with_a_plugins_scheme(
 UNTOUCHED = """
 import __future__, atexit, importlib.metadata, json, sys, typing
 before = set(sys.modules)
-import flowbuffer.plugin
+import flowbuffer.dropin.plugin
 alone = sorted(set(sys.modules) - before)
 
 import mlflow
@@ -302,8 +303,8 @@ def test_not_set_changes_nothing(scripts: Scripts, sqlite_uri: str) -> None:
         over = ended(process)
         assert over.status == 0, over.err
         assert json.loads(over.out.splitlines()[-1]) == {
-            "alone": ["flowbuffer", "flowbuffer.plugin"],
-            "imported": ["flowbuffer", "flowbuffer.plugin"],
+            "alone": ["flowbuffer", "flowbuffer.dropin.plugin"],
+            "imported": ["flowbuffer", "flowbuffer.dropin.plugin"],
             "replaced": [],
             "finders": [],
             "loaded": True,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flowbuffer.clock import Clock
-from flowbuffer.progress import Progress
+from flowbuffer.logger.progress import Progress
 
 
 class TurnedClock(Clock):
@@ -55,7 +55,7 @@ class Wait:
 
 
 def columns(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("flowbuffer.progress._columns", lambda: count)
+    monkeypatch.setattr("flowbuffer.logger.progress._columns", lambda: count)
 
 
 def test_a_terminal_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,12 @@ import pytest
 from mlflow import MlflowClient
 
 import flowbuffer
-from flowbuffer import MetricLogger, Settings, others, run_loggers
+from flowbuffer import MetricLogger, Settings
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.dropin import runs
-from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.info import this_producer
+from flowbuffer.dropin import known_runs
+from flowbuffer.logger import by_run, others
+from flowbuffer.spool.folders import Spool
+from flowbuffer.spool.producer_info import this_producer
 from support.backends import MlflowServer, make_run
 from support.jobs import StartJob
 
@@ -28,10 +29,10 @@ def switched_off() -> Iterator[None]:
     """No switch, logger or known run passes between tests."""
     yield
     flowbuffer.disable()
-    for logger in [*run_loggers.all_loggers(), *Elsewhere.loggers]:
+    for logger in [*by_run.all_loggers(), *Elsewhere.loggers]:
         logger.close(0)
     Elsewhere.loggers.clear()
-    for known in (run_loggers._loggers, runs._runs, others._known, others._in_vain):
+    for known in (by_run._loggers, known_runs._runs, others._known, others._in_vain):
         known.clear()
 
 

@@ -15,8 +15,9 @@ import pytest
 from mlflow import MlflowClient
 
 import flowbuffer
-from flowbuffer import MetricLogger, run_loggers
-from flowbuffer.dropin import runs
+from flowbuffer import MetricLogger
+from flowbuffer.dropin import known_runs
+from flowbuffer.logger import by_run
 from support.backends import copy_sqlite
 from support.jobs import StartJob
 
@@ -29,10 +30,10 @@ def switched_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     yield
     flowbuffer.disable()
-    for logger in run_loggers.all_loggers():
+    for logger in by_run.all_loggers():
         logger.close(0)
-    run_loggers._loggers.clear()
-    runs._runs.clear()
+    by_run._loggers.clear()
+    known_runs._runs.clear()
 
 
 class Site:

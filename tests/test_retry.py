@@ -6,7 +6,10 @@ import random
 
 import pytest
 
-from flowbuffer.credentials import without_credentials
+from flowbuffer.backends.credentials import without_credentials
+from flowbuffer.backends.mlflow_transport import absolute_uri
+from flowbuffer.backends.translation import error_of_status, retry_after_s
+from flowbuffer.delivery.retry import RetryPolicy
 from flowbuffer.errors import (
     DoubtfulError,
     RejectedError,
@@ -16,9 +19,6 @@ from flowbuffer.errors import (
     TransportError,
     UnauthorisedError,
 )
-from flowbuffer.retry import RetryPolicy
-from flowbuffer.translation import error_of_status, retry_after_s
-from flowbuffer.transport import absolute_uri
 
 POLICY = RetryPolicy(first_s=1.0, most_s=8.0, uniform=lambda _low, high: high)
 

@@ -29,17 +29,18 @@ from typing import Any
 
 import pytest
 
-from flowbuffer import FlowbufferError, InvalidPoint, MetricLogger, Settings, WaitTimeout, job_end
-from flowbuffer.collector import Collector
+from flowbuffer import FlowbufferError, InvalidPoint, MetricLogger, Settings, WaitTimeout
+from flowbuffer.backends.mlflow_transport import Request
+from flowbuffer.collector.collector import Collector
+from flowbuffer.collector.handover import wake_collector
 from flowbuffer.errors import RejectedError, RunGoneError, SpoolError, TransportError
-from flowbuffer.handover import wake_collector
+from flowbuffer.logger import job_end
 from flowbuffer.spool import layout
-from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.info import ProducerInfo, this_producer
-from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.folders import Spool
+from flowbuffer.spool.producer_info import ProducerInfo, this_producer
 from flowbuffer.spool.states import tally
+from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
-from flowbuffer.transport import Request
 from support.collectors import collector_pid, end_collector, is_empty
 from support.waiting import PATIENCE_S, wait_until
 

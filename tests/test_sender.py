@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flowbuffer.backends.mlflow_transport import Request
 from flowbuffer.errors import (
     DoubtfulError,
     RejectedError,
@@ -23,7 +24,6 @@ from flowbuffer.spool.layout import COMMITTED, PARAM
 from flowbuffer.spool.outcomes import Outcome, slot_outcomes
 from flowbuffer.spool.states import delivery_note, parked_reason, want
 from flowbuffer.testing import FakeTransport
-from flowbuffer.transport import Request
 from support.small_spool import RUN, SmallSpool
 
 
@@ -182,7 +182,7 @@ def test_a_parked_folder_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     spool = SmallSpool(tmp_path / "spool")
     found: list[object] = []
     monkeypatch.setattr(
-        "flowbuffer.sender.park",
+        "flowbuffer.delivery.sender.park",
         lambda folder, _: found.append(delivery_note(folder).get("last_error")),
     )
     spool.transport.decide = lambda _: RunGoneError("404 no such run")
@@ -271,8 +271,8 @@ def test_delivered_segments_are_deleted(tmp_path: Path) -> None:
 
 def test_the_window_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P6: with the server down, the sender holds a window of the spool and no more."""
-    monkeypatch.setattr("flowbuffer.sender.WINDOW_POINTS", 20)
-    monkeypatch.setattr("flowbuffer.intake.WINDOW_POINTS", 20)
+    monkeypatch.setattr("flowbuffer.delivery.sender.WINDOW_POINTS", 20)
+    monkeypatch.setattr("flowbuffer.delivery.intake.WINDOW_POINTS", 20)
     spool = SmallSpool(tmp_path / "spool", FakeTransport(at_once=False), segment_slots=8)
     for value in range(200):
         spool.producer.append("k", float(value))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from flowbuffer import SettingError, Settings
-from flowbuffer.plugin import NO, YES
-from flowbuffer.setting_values import BOOLEANS, variable_of
-from flowbuffer.settings import kinds_of_settings
+from flowbuffer.dropin.plugin import NO, YES
+from flowbuffer.settings.settings import kinds_of_settings
+from flowbuffer.settings.values import BOOLEANS, variable_of
 
 README = Path(__file__).parent.parent / "README.md"
 

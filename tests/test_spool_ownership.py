@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flowbuffer import MetricLogger, Settings
-from flowbuffer.cli import main
-from flowbuffer.collector import Collector
+from flowbuffer.collector.collector import Collector
+from flowbuffer.commands.cli import main
 from flowbuffer.errors import SpoolError, SpoolFormatError
-from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.files import FileLock
-from flowbuffer.spool.info import this_producer
+from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.layout import is_own_file, is_producer_name
+from flowbuffer.spool.producer_info import this_producer
 from flowbuffer.testing import FakeTransport, ManualClock
 
 NOWHERE = "http://127.0.0.1:9"  # refuses connections
@@ -112,7 +112,7 @@ def log(root: Path, run_id: str = "run") -> None:
     """What a job that dies leaves in a spool."""
     directory = Spool(root).add_producer(this_producer(run_id, NOWHERE, 0))
     from flowbuffer.clock import SYSTEM_CLOCK
-    from flowbuffer.spool.producer import Producer
+    from flowbuffer.spool.writing.producer import Producer
 
     producer = Producer(
         directory, Spool(root), Settings(spool_dir=root), SYSTEM_CLOCK, lambda: None

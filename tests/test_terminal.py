@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from flowbuffer import Settings, cli
-from flowbuffer.collector import Collector
+from flowbuffer import Settings
+from flowbuffer.collector.collector import Collector
+from flowbuffer.commands import cli
 from flowbuffer.errors import RejectedError
-from flowbuffer.settings import kinds_of_settings
-from flowbuffer.spool.directory import Spool
+from flowbuffer.settings.settings import kinds_of_settings
+from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.states import park, tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from flowbuffer.words import counted, duration, size

@@ -16,21 +16,22 @@ from typing import Any
 import mlflow
 import pytest
 
-from flowbuffer import DeliveryError, Handle, InvalidPoint, MetricLogger, Settings, cli
-from flowbuffer.collector import Collector
+from flowbuffer import DeliveryError, Handle, InvalidPoint, MetricLogger, Settings
+from flowbuffer.backends.mlflow_transport import Request
+from flowbuffer.collector.collector import Collector
+from flowbuffer.commands import cli
 from flowbuffer.errors import RejectedError, RetriableError, SpoolFull, TransportError
+from flowbuffer.metric_key import MetricKey
 from flowbuffer.spool import dead_letters, layout
-from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.info import this_producer
+from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.layout import PARAM, TAG
 from flowbuffer.spool.outcomes import Outcome as Became
 from flowbuffer.spool.outcomes import slot_outcomes
-from flowbuffer.spool.places import Places
-from flowbuffer.spool.points import MetricKey
-from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.producer_info import this_producer
 from flowbuffer.spool.states import tally
+from flowbuffer.spool.writing.places import Places
+from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
-from flowbuffer.transport import Request
 from support.backends import client, history, make_run
 from support.small_spool import RUN, SmallSpool
 from support.waiting import PATIENCE_S
@@ -164,7 +165,7 @@ def test_two_producers_keep_their_order(tmp_path: Path) -> None:
     spool = SmallSpool(tmp_path / "spool", transport, segment_slots=64)
     directory = spool.spool.add_producer(this_producer(RUN, "fake://", 0))
     other = spool.new_producer(directory)
-    from flowbuffer.spool.reader import Reader
+    from flowbuffer.spool.reading.reader import Reader
 
     spool.sender.add(Reader(directory.path, spool.clock, alive=True))
     spool.producer.append_texts(TAG, {"t": "a1"})

@@ -11,10 +11,10 @@ import pytest
 
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.errors import SpoolError
-from flowbuffer.report import Report
+from flowbuffer.logger.report import Report
 from flowbuffer.spool import layout
 from flowbuffer.spool.carry import Carry, carry_frame
-from flowbuffer.spool.producer import FIRST_SEGMENT_SLOTS, SEGMENT_SLOTS, Producer
+from flowbuffer.spool.writing.producer import FIRST_SEGMENT_SLOTS, SEGMENT_SLOTS, Producer
 from support.backends import history, make_run
 from support.small_spool import SmallSpool
 from support.waiting import wait_until

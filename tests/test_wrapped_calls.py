@@ -20,8 +20,8 @@ from mlflow.tracking._tracking_service.client import TrackingServiceClient
 from mlflow.utils.autologging_utils.client import MlflowAutologgingQueueingClient
 
 import flowbuffer
-from flowbuffer import run_loggers
-from flowbuffer.dropin import runs
+from flowbuffer.dropin import known_runs
+from flowbuffer.logger import by_run
 from support.backends import make_run
 from support.stored import rows
 
@@ -34,10 +34,10 @@ def switched_off() -> Iterator[None]:
     """No switch, logger or known run passes between tests."""
     yield
     flowbuffer.disable()
-    for logger in run_loggers.all_loggers():
+    for logger in by_run.all_loggers():
         logger.close(0)
-    run_loggers._loggers.clear()
-    runs._runs.clear()
+    by_run._loggers.clear()
+    known_runs._runs.clear()
 
 
 def log_all(run_id: str) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         SpoolFull,
         WaitTimeout,
     )
-    from flowbuffer.fluent import (
+    from flowbuffer.logger.functions import (
         flush,
         log_metric,
         log_metrics,
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
         set_tags,
         stats,
     )
-    from flowbuffer.handle import Handle
-    from flowbuffer.logger import MetricLogger
-    from flowbuffer.report import Report, Stats
-    from flowbuffer.settings import Settings
+    from flowbuffer.logger.handle import Handle
+    from flowbuffer.logger.metric_logger import MetricLogger
+    from flowbuffer.logger.report import Report, Stats
+    from flowbuffer.settings.settings import Settings
 
 __version__ = "0.1.0"
 

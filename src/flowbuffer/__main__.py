@@ -1,5 +1,5 @@
 """``python -m flowbuffer``."""
 
-from flowbuffer.cli import main
+from flowbuffer.commands.cli import main
 
 raise SystemExit(main())

@@ -17,10 +17,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowbuffer.backends.mlflow_transport import MlflowTransport
 from flowbuffer.clock import Clock
-from flowbuffer.settings import Settings
+from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.layout import PARAM
-from flowbuffer.transport import MlflowTransport
 from support.answering import Answer, AnsweringServer, Received, said
 from support.small_spool import RUN, SmallSpool
 

@@ -35,7 +35,7 @@ def collector_pid(spool: Path) -> int | None:
         return None
     ps = ["ps", "-ww", "-o", "command=", "-p", said]
     command = subprocess.run(ps, capture_output=True, text=True, check=False).stdout
-    ours = "flowbuffer.collector_process" in command and str(spool) in command
+    ours = "flowbuffer.collector.process" in command and str(spool) in command
     return int(said) if ours else None  # else the pid is planted
 
 

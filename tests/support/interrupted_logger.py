@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from flowbuffer import MetricLogger, Settings, destinations
+from flowbuffer import MetricLogger, Settings
+from flowbuffer.collector import destinations
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.spool.files import FileLock
 from flowbuffer.testing import FakeTransport

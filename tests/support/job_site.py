@@ -41,7 +41,7 @@ class Site:
     def collector(self) -> int | None:
         """The pid of the spool's collector; None if there is none, or it only begins to start."""
         pid = self.last_collector()
-        return pid if "flowbuffer.collector_process" in children().get(pid, "") else None
+        return pid if "flowbuffer.collector.process" in children().get(pid, "") else None
 
     def last_collector(self) -> int:
         """The pid of the collector that was there last."""

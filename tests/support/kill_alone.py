@@ -53,7 +53,7 @@ def deliver_as_logger(uri: str, run_id: str, spool: Path) -> None:
 
 def deliver_as_command(_uri: str, _run_id: str, spool: Path) -> None:
     """`flowbuffer sync`."""
-    from flowbuffer.cli import main
+    from flowbuffer.commands.cli import main
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     main(["sync", "--spool", str(spool), "--timeout", str(DELIVERY_TIMEOUT_S)])

@@ -325,7 +325,7 @@ def _play_round(kind: Kind, round_: Round, store_uri: str) -> None:
         tally.also["answered_twice"] += twice
         if round_.exact:
             tally.fault(f"{twice} points were delivered twice: two deliver one folder")
-    left = {p: c for p, c in site.strangers().items() if "flowbuffer.collector_process" not in c}
+    left = {p: c for p, c in site.strangers().items() if "flowbuffer.collector.process" not in c}
     if left:
         tally.fault(f"processes are left: {left}")
 

@@ -68,8 +68,8 @@ def main() -> int:
     os.umask(0o077)
 
     # This takes seconds: once for all, not in every child.
-    import flowbuffer.collector  # noqa: F401
-    from flowbuffer.delivery_client import warm_up
+    import flowbuffer.collector.collector  # noqa: F401
+    from flowbuffer.backends.mlflow_client import warm_up
 
     warm_up("sqlite://")
     if sys.platform == "linux":

@@ -8,10 +8,10 @@ from typing import Any
 
 from flowbuffer import Settings
 from flowbuffer.clock import SYSTEM_CLOCK, Clock
-from flowbuffer.spool.directory import ProducerDirectory, Spool
-from flowbuffer.spool.info import OFFLINE, this_producer
-from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.folders import ProducerDirectory, Spool
+from flowbuffer.spool.producer_info import OFFLINE, this_producer
 from flowbuffer.spool.states import park
+from flowbuffer.spool.writing.producer import Producer
 
 
 def leave(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flowbuffer.retry import RetryPolicy
-from flowbuffer.sender import Sender
-from flowbuffer.settings import Settings
-from flowbuffer.source import Source
-from flowbuffer.spool.directory import ProducerDirectory, Spool
-from flowbuffer.spool.info import this_producer
-from flowbuffer.spool.producer import Producer
-from flowbuffer.spool.reader import Reader
+from flowbuffer.delivery.retry import RetryPolicy
+from flowbuffer.delivery.sender import Sender
+from flowbuffer.delivery.source import Source
+from flowbuffer.settings.settings import Settings
+from flowbuffer.spool.folders import ProducerDirectory, Spool
+from flowbuffer.spool.producer_info import this_producer
+from flowbuffer.spool.reading.reader import Reader
 from flowbuffer.spool.states import tally
+from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 
 RUN = "run"

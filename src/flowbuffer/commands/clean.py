@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from flowbuffer.commands.places import folders_of_run, unread_segments
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.spool import dead_letters
-from flowbuffer.spool.directory import Claim, Spool, has_producer
+from flowbuffer.spool.folders import Claim, Spool, has_producer
 from flowbuffer.spool.states import tally
 from flowbuffer.words import counted
 

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Literal
 from urllib.error import HTTPError
 
+from flowbuffer.backends.credentials import vouch_for, without_credentials
+from flowbuffer.backends.mlflow_client import warm_up
+from flowbuffer.backends.mlflow_transport import absolute_uri
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.commands.servers import Server
 from flowbuffer.commands.settings import settings_said, unknown_variables, valid_settings
 from flowbuffer.commands.status import status
-from flowbuffer.credentials import vouch_for, without_credentials
-from flowbuffer.delivery_client import warm_up
 from flowbuffer.errors import FlowbufferError, TransportError, UnauthorisedError
-from flowbuffer.settings import Settings
-from flowbuffer.spool.directory import REMOTE_FILE_SYSTEMS, Spool, folders
+from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.files import MOVE_IT, check_private, file_system_of
+from flowbuffer.spool.folders import REMOTE_FILE_SYSTEMS, Spool, folders
 from flowbuffer.spool.mark import check_spool
-from flowbuffer.transport import absolute_uri
 from flowbuffer.words import counted, gone, size
 
 #: How long a server may take to answer, in s.

@@ -6,10 +6,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from flowbuffer.errors import FlowbufferError
-from flowbuffer.settings import Settings
+from flowbuffer.settings.settings import Settings
 from flowbuffer.spool import layout
-from flowbuffer.spool.directory import Spool
 from flowbuffer.spool.files import read_file
+from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.states import segment_numbers
 
 

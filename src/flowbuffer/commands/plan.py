@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flowbuffer.backends.credentials import without_credentials
 from flowbuffer.commands.status import status
-from flowbuffer.credentials import without_credentials
-from flowbuffer.spool.directory import Spool
-from flowbuffer.spool.info import OFFLINE
+from flowbuffer.spool.folders import Spool
+from flowbuffer.spool.producer_info import OFFLINE
 
 
 @dataclass(frozen=True, kw_only=True)

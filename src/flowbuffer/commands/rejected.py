@@ -10,16 +10,16 @@ from urllib.parse import unquote
 
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import FlowbufferError, InvalidPoint
-from flowbuffer.settings import Settings
+from flowbuffer.metric_key import MetricKey
+from flowbuffer.settings.settings import Settings
 from flowbuffer.spool import dead_letters
 from flowbuffer.spool.dead_letters import DeadLetter
-from flowbuffer.spool.directory import Claim, Spool, has_producer
-from flowbuffer.spool.info import read_info
+from flowbuffer.spool.folders import Claim, Spool, has_producer
 from flowbuffer.spool.layout import FAILED, PARAM, TAG
-from flowbuffer.spool.places import Places
-from flowbuffer.spool.points import MetricKey
-from flowbuffer.spool.producer import Producer
+from flowbuffer.spool.producer_info import read_info
 from flowbuffer.spool.states import closed_outcome
+from flowbuffer.spool.writing.places import Places
+from flowbuffer.spool.writing.producer import Producer
 
 _Point = Callable[[Producer], Places]
 

@@ -12,13 +12,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from flowbuffer.backends.experiments import find_or_create
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.commands.servers import Server
-from flowbuffer.environment import environment_experiment
 from flowbuffer.errors import RejectedError, RunGoneError
-from flowbuffer.experiments import find_or_create
+from flowbuffer.settings.environment import environment_experiment
 from flowbuffer.spool.files import FileLock, read_file, write_file
-from flowbuffer.spool.info import ProducerInfo
+from flowbuffer.spool.producer_info import ProducerInfo
 
 #: The tag with the run id that the producers know.
 RUN_TAG = "flowbuffer.run_id"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from flowbuffer.credentials import without_credentials
-from flowbuffer.delivery_client import delivery_client, store_of
+from flowbuffer.backends.credentials import without_credentials
+from flowbuffer.backends.mlflow_client import delivery_client, store_of
+from flowbuffer.backends.mlflow_transport import absolute_uri
+from flowbuffer.backends.translation import translated
 from flowbuffer.errors import TransportError
-from flowbuffer.translation import translated
-from flowbuffer.transport import absolute_uri
 
 T = TypeVar("T")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flowbuffer.environment import misspelt, variable
 from flowbuffer.errors import SettingError
-from flowbuffer.settings import Settings, kinds_of_settings
+from flowbuffer.settings.environment import misspelt, variable
+from flowbuffer.settings.settings import Settings, kinds_of_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from flowbuffer.backends.credentials import redacted
 from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.collector.handover import collector_lock
 from flowbuffer.commands.places import folders_of_run
-from flowbuffer.credentials import redacted
 from flowbuffer.errors import FlowbufferError
-from flowbuffer.handover import collector_lock
-from flowbuffer.spool.directory import Spool, has_producer
 from flowbuffer.spool.files import FileLock, check_private, read_file
-from flowbuffer.spool.info import OFFLINE, read_info
+from flowbuffer.spool.folders import Spool, has_producer
+from flowbuffer.spool.producer_info import OFFLINE, read_info
 from flowbuffer.spool.states import closed_outcome, delivery_note, parked_reason, tally
 
 

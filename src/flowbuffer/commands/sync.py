@@ -9,22 +9,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from flowbuffer.backends.credentials import vouch_for, without_credentials
+from flowbuffer.backends.mlflow_transport import absolute_uri
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.collector import Collector
+from flowbuffer.collector.collector import Collector
+from flowbuffer.collector.destinations import Destination
 from flowbuffer.commands.runs import Runs, end_run
 from flowbuffer.commands.servers import Server
 from flowbuffer.commands.targets import Target
-from flowbuffer.credentials import vouch_for, without_credentials
-from flowbuffer.destinations import Destination
+from flowbuffer.delivery.retry import RetryPolicy
 from flowbuffer.errors import FlowbufferError, RejectedError, RunGoneError, TransportError
-from flowbuffer.retry import RetryPolicy
-from flowbuffer.settings import Settings
-from flowbuffer.spool.directory import Spool, has_producer
+from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.files import FileLock
-from flowbuffer.spool.info import OFFLINE, ProducerInfo
+from flowbuffer.spool.folders import Spool, has_producer
 from flowbuffer.spool.layout import FINISHED
+from flowbuffer.spool.producer_info import OFFLINE, ProducerInfo
 from flowbuffer.spool.states import closed_outcome, delivery_note, park, parked_reason, tally
-from flowbuffer.transport import absolute_uri
 
 #: How often the spool is looked at for folders that can be taken, in s.
 _LOOK_EVERY_S = 0.25

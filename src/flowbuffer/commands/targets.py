@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowbuffer.collector import Stream
+from flowbuffer.collector.collector import Stream
 from flowbuffer.spool.files import check_private
-from flowbuffer.spool.info import ProducerInfo, read_info
 from flowbuffer.spool.layout import SLOT_SIZE, segment_size
+from flowbuffer.spool.producer_info import ProducerInfo, read_info
 from flowbuffer.spool.states import (
     Tally,
     Waiting,

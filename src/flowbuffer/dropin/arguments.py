@@ -13,9 +13,10 @@ from numbers import Integral
 from operator import attrgetter
 from typing import Any, ParamSpec, TypeVar
 
-from flowbuffer.dropin.modes import OwnTime
+from flowbuffer.dropin.synchronous import OwnTime
+from flowbuffer.metric_key import MetricKey
 from flowbuffer.spool.layout import TAG
-from flowbuffer.spool.points import MetricKey, checked_key, checked_text
+from flowbuffer.spool.writing.points import checked_key, checked_text
 
 P = ParamSpec("P")
 T = TypeVar("T")

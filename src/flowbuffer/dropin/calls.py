@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from flowbuffer.dropin.modes import Mode
 from flowbuffer.dropin.originals import is_as_shipped
-from flowbuffer.environment import environment_place
-from flowbuffer.run_loggers import run_settings
+from flowbuffer.dropin.synchronous import Mode
+from flowbuffer.logger.by_run import run_settings
+from flowbuffer.settings.environment import environment_place
 
 Original = Callable[..., Any]
 

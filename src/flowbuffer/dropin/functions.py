@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flowbuffer.active_run import current_uri
 from flowbuffer.dropin.arguments import NotBuffered
 from flowbuffer.dropin.calls import Calls, Original
-from flowbuffer.dropin.modes import ABSENT, OwnTime, answer, mode_of
-from flowbuffer.dropin.runs import BufferedRun, known_run
-from flowbuffer.handle import Handle
+from flowbuffer.dropin.known_runs import BufferedRun, known_run
+from flowbuffer.dropin.synchronous import ABSENT, OwnTime, answer, mode_of
+from flowbuffer.logger.active_run import current_uri
+from flowbuffer.logger.handle import Handle
 
 #: What the short way answers where it cannot be taken.
 _LONG = object()

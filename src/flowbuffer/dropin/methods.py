@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from flowbuffer.active_run import settled_uri
 from flowbuffer.dropin.arguments import NotBuffered, are_certain, key_about
 from flowbuffer.dropin.calls import METHODS, Calls, Original
-from flowbuffer.dropin.modes import ABSENT, Mode, answer, mode_of, start_sized_queue
-from flowbuffer.dropin.runs import BufferedRun, buffered_run, forget_run, known_run
-from flowbuffer.handle import Handle
-from flowbuffer.run_loggers import flush_run
+from flowbuffer.dropin.known_runs import BufferedRun, buffered_run, forget_run, known_run
+from flowbuffer.dropin.synchronous import ABSENT, Mode, answer, mode_of, start_sized_queue
+from flowbuffer.logger.active_run import settled_uri
+from flowbuffer.logger.by_run import flush_run
+from flowbuffer.logger.handle import Handle
 
 
 def _asked(synchronous: Any) -> Any:

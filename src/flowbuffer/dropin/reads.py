@@ -7,15 +7,15 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from flowbuffer.active_run import current_uri, settled_uri
 from flowbuffer.dropin.calls import Original
-from flowbuffer.dropin.runs import (
+from flowbuffer.dropin.known_runs import (
     experiment_of,
     forget_run,
     models_were_logged,
     remember_new,
 )
-from flowbuffer.run_loggers import flush_all, flush_run, flush_server
+from flowbuffer.logger.active_run import current_uri, settled_uri
+from flowbuffer.logger.by_run import flush_all, flush_run, flush_server
 
 _here = threading.local()
 

@@ -14,8 +14,8 @@ from flowbuffer.dropin.functions import Functions
 from flowbuffer.dropin.methods import Methods
 from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.dropin.reads import Waits, flush_async_logging, request
-from flowbuffer.run_loggers import flush_at_end, use_settings
-from flowbuffer.settings import Settings
+from flowbuffer.logger.by_run import flush_at_end, use_settings
+from flowbuffer.settings.settings import Settings
 
 
 class _Replaced(NamedTuple):

@@ -22,11 +22,11 @@ except ImportError:
             f"pip install 'flowbuffer[lightning]' ({error})"
         ) from error
 
-from flowbuffer.environment import environment_run_id
-from flowbuffer.experiments import find_or_create
+from flowbuffer.backends.experiments import find_or_create
 from flowbuffer.integrations.loggable import Loggable
-from flowbuffer.logger import MetricLogger, starts_runs
-from flowbuffer.settings import Settings, settings_with
+from flowbuffer.logger.metric_logger import MetricLogger, starts_runs
+from flowbuffer.settings.environment import environment_run_id
+from flowbuffer.settings.settings import Settings, settings_with
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

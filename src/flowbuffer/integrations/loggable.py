@@ -10,7 +10,12 @@ from typing import Any, TypeVar
 
 from flowbuffer.errors import InvalidPoint
 from flowbuffer.spool.layout import PARAM
-from flowbuffer.spool.points import MAX_PARAM_LENGTH, checked_key, checked_text, checked_value
+from flowbuffer.spool.writing.points import (
+    MAX_PARAM_LENGTH,
+    checked_key,
+    checked_text,
+    checked_value,
+)
 
 _log = logging.getLogger("flowbuffer")
 _NOT_IN_KEYS = re.compile(r"[^/\w.\- :]")

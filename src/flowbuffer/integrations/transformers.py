@@ -15,11 +15,11 @@ except ImportError as error:
         f"pip install 'flowbuffer[transformers]' ({error})"
     ) from error
 
-from flowbuffer.active_run import end_run
-from flowbuffer.environment import environment_run_id
 from flowbuffer.integrations.loggable import Loggable
-from flowbuffer.logger import MetricLogger, starts_runs
-from flowbuffer.settings import Settings, settings_with
+from flowbuffer.logger.active_run import end_run
+from flowbuffer.logger.metric_logger import MetricLogger, starts_runs
+from flowbuffer.settings.environment import environment_run_id
+from flowbuffer.settings.settings import Settings, settings_with
 
 _log = logging.getLogger("flowbuffer")
 

@@ -152,7 +152,6 @@ MAX_FRAME_PAYLOAD: Final = 64 << 20
 MAX_KEY_LENGTH: Final = 250
 #: What a key is about: a model's id, a dataset's name (at most 500 characters) and digest (36).
 MAX_KEY_BYTES: Final = 4 * (MAX_KEY_LENGTH + 1000)
-KEY_SEPARATOR: Final = "\0"
 
 SERIES_HEADER: Final = struct.Struct("<IIq")
 SERIES_STEPS: Final = 1

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote
 
+from flowbuffer.metric_key import name_of
 from flowbuffer.spool import layout
 from flowbuffer.spool.files import read_file
-from flowbuffer.spool.layout import KEY_SEPARATOR
-from flowbuffer.spool.places import Segment
+from flowbuffer.spool.writing.places import Segment
 from flowbuffer.words import counted
 
 _MANY = 3  # keys that are named
@@ -37,7 +37,7 @@ def _name(segment: Segment, offset: int) -> str:
             slot = layout.SLOT.unpack(file.read(layout.SLOT_SIZE))
         _, value, step, _, key_id, flags, _ = slot
         keys = dict(layout.key_frames(read_file(segment.path.with_name("keys"), limit=1 << 28)))
-        key = repr(keys[key_id].decode().split(KEY_SEPARATOR)[0])
+        key = repr(name_of(keys[key_id].decode()))
     except Exception:
         return ""
     if flags & layout.TEXT:

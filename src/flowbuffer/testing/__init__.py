@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from flowbuffer.base import Accepted, Done, Request
+from flowbuffer.backends.base import Accepted, Done, Request
 from flowbuffer.clock import Clock, Event
 from flowbuffer.errors import RejectedError, RetriableError, TransportError
 

@@ -1,0 +1,1 @@
+"""Where requests go: one file for each kind; foreign errors stop here."""

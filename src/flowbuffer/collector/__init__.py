@@ -1,0 +1,1 @@
+"""Who runs delivery, where, and until when."""

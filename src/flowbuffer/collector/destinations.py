@@ -1,0 +1,39 @@
+"""Where the points of a producer go: which server, which run, by which transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flowbuffer.backends.base import Transport
+from flowbuffer.backends.mlflow_transport import MlflowTransport
+from flowbuffer.clock import Clock
+from flowbuffer.settings.settings import Settings
+from flowbuffer.spool.producer_info import OFFLINE, ProducerInfo
+
+TransportFactory = Callable[[str, Settings, Clock], Transport]
+
+
+class Destination(NamedTuple):
+    """Where the points of a folder go. ``tracking_uri`` may have credentials."""
+
+    tracking_uri: str
+    run_id: str
+
+
+#: Says where a folder's points go; None leaves it alone.
+Destinations = Callable[[ProducerInfo], Destination | None]
+
+
+def transport_to(tracking_uri: str, settings: Settings, clock: Clock) -> Transport:
+    """The transport for a tracking URI."""
+    if tracking_uri.startswith("azureml:"):
+        from flowbuffer.backends.azureml_transport import AzureMLTransport
+
+        return AzureMLTransport(tracking_uri, settings, clock)
+    return MlflowTransport(tracking_uri, settings, clock)
+
+
+def as_logged(info: ProducerInfo) -> Destination | None:
+    """To the run and the server that the producer named, unless it was offline."""
+    return None if info.delivery == OFFLINE else Destination(info.tracking_uri, info.run_id)

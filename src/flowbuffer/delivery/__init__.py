@@ -1,0 +1,1 @@
+"""From slots to requests, by steps: no thread, and nothing of MLflow."""

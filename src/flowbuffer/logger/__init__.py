@@ -1,0 +1,1 @@
+"""What a training process holds: calls that log, handles, waits, ends."""
