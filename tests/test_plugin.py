@@ -303,8 +303,8 @@ def test_not_set_changes_nothing(scripts: Scripts, sqlite_uri: str) -> None:
         over = ended(process)
         assert over.status == 0, over.err
         assert json.loads(over.out.splitlines()[-1]) == {
-            "alone": ["flowbuffer", "flowbuffer.dropin.plugin"],
-            "imported": ["flowbuffer", "flowbuffer.dropin.plugin"],
+            "alone": ["flowbuffer", "flowbuffer.dropin", "flowbuffer.dropin.plugin"],
+            "imported": ["flowbuffer", "flowbuffer.dropin", "flowbuffer.dropin.plugin"],
             "replaced": [],
             "finders": [],
             "loaded": True,

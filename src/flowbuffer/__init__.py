@@ -47,18 +47,20 @@ if "_FLOWBUFFER_PATH" in _os.environ:  # noqa: TID251  # the collector process t
     _os._exit(70)  # EX_SOFTWARE: it must not do its work a second time
 
 # Imported when they are first asked for: MLflow imports this package to find its plugin, also where
-# nothing is switched on (see plugin.py).
+# nothing is switched on (see dropin/plugin.py).
 _MODULE_OF = {
     **dict.fromkeys(("Switch", "disable", "enable"), "dropin.switch"),
     **dict.fromkeys(("DeliveryError", "FlowbufferError", "InvalidArgument"), "errors"),
     **dict.fromkeys(("InvalidPoint", "SettingError", "SpoolError"), "errors"),
     **dict.fromkeys(("SpoolFormatError", "SpoolFull", "WaitTimeout"), "errors"),
-    **dict.fromkeys(("flush", "log_metric", "log_metrics", "log_param", "log_params"), "fluent"),
-    **dict.fromkeys(("log_series", "set_tag", "set_tags", "stats"), "fluent"),
-    "Handle": "handle",
-    "MetricLogger": "logger",
-    **dict.fromkeys(("Report", "Stats"), "report"),
-    "Settings": "settings",
+    **dict.fromkeys(
+        ("flush", "log_metric", "log_metrics", "log_param", "log_params"), "logger.functions"
+    ),
+    **dict.fromkeys(("log_series", "set_tag", "set_tags", "stats"), "logger.functions"),
+    "Handle": "logger.handle",
+    "MetricLogger": "logger.metric_logger",
+    **dict.fromkeys(("Report", "Stats"), "logger.report"),
+    "Settings": "settings.settings",
 }
 
 __all__ = [
