@@ -118,9 +118,7 @@ def test_a_handler_that_waits_interrupts_one_that_waits(sqlite_uri: str, deliver
         logger.log_metric("loss", float(next(values)))
         assert logger.flush(30).pending == 0
 
-    lines = at_every_line_of(
-        log_and_wait, log_and_wait, "background", "collector_thread", "delivery"
-    )
+    lines = at_every_line_of(log_and_wait, log_and_wait, "background", "thread", "deliverers")
     assert lines > 10
     logger.close()
     stored = [metric.value for metric in history(sqlite_uri, run_id, "loss")]

@@ -59,7 +59,7 @@ def in_column(column: Any) -> bool:
 
 #: Each step of the way of a metric, of a series, and of a text.
 STEPS: dict[str, tuple[str, Plant]] = {
-    "key table": ("key", plant(key_table, "metric_of", lambda key: key == "bad")),
+    "key table": ("key", plant(key_table, "name_of", lambda key: key == "bad")),
     "columns": (
         "value",
         plant(blocks, "sound_slots", lambda _, rows, *_a: in_column(rows["value"])),
