@@ -27,9 +27,10 @@ from flowbuffer.collector.stopgap import Stopgap
 from flowbuffer.errors import RetriableError, RunGoneError, UnauthorisedError
 from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.folders import ProducerDirectory, Spool
+from flowbuffer.spool.notes import DeliveryNote, delivery_note, park
 from flowbuffer.spool.producer_info import this_producer
 from flowbuffer.spool.reading.reader import Reader
-from flowbuffer.spool.states import delivery_note, hurry_to_end, park
+from flowbuffer.spool.waiting import hurry_to_end
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import MlflowServer, history, make_run
@@ -174,7 +175,7 @@ def test_what_is_refused_is_left_to_the_producer_that_lives(rig: Rig) -> None:
     producer.append("loss", 1.0)
     rig.work(100)
     assert rig.collector.streams == []
-    assert delivery_note(directory.path)["unauthorised"]
+    assert delivery_note(directory.path).unauthorised
     rig.transport.decide = lambda _: None
     directory.lock.release()
     assert rig.work()
@@ -401,12 +402,12 @@ def test_what_holds_it_up_is_told_where_it_is_seen(
     directory = delivery.spool.add_producer(this_producer("run", "http://host", 0))
     delivery.begin(directory.path)
     reader = Reader(directory.path, ManualClock(), alive=True)
-    for note in [{"last_error": ""}, *[{"last_error": "401 no", "unauthorised": True}] * 3]:
+    for note in [DeliveryNote(), *[DeliveryNote(last_error="401 no", unauthorised=True)] * 3]:
         reader.note(note)
         delivery.tend()
     (said,) = [record.getMessage() for record in caplog.records]
     assert "401 no" in said
-    reader.note({"last_error": ""})
+    reader.note(DeliveryNote())
     delivery.tend()
     assert "delivery goes on" in caplog.records[-1].getMessage()
     delivery.end()
@@ -441,7 +442,7 @@ class Standing:
     def refuse(self) -> None:
         """What a collector process notes whose credentials are refused."""
         reader = Reader(self.directory.path, self.clock, alive=True)
-        reader.note({"last_error": "401 no", "unauthorised": True})
+        reader.note(DeliveryNote(last_error="401 no", unauthorised=True))
 
 
 @pytest.fixture

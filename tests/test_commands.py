@@ -21,7 +21,7 @@ from flowbuffer.commands import cli
 from flowbuffer.errors import RejectedError
 from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.folders import Spool
-from flowbuffer.spool.states import tally
+from flowbuffer.spool.tally import tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.left_over import leave
 from support.waiting import PATIENCE_S

@@ -13,7 +13,7 @@ from flowbuffer.collector.collector import Collector
 from flowbuffer.errors import DeliveryError, RetriableError, SpoolFull
 from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.producer_info import this_producer
-from flowbuffer.spool.states import tally
+from flowbuffer.spool.tally import tally
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import history, make_run

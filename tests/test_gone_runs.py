@@ -12,7 +12,7 @@ from flowbuffer import MetricLogger, Settings
 from flowbuffer.backends.mlflow_transport import Request
 from flowbuffer.errors import RejectedError, RunGoneError, TransportError
 from flowbuffer.logger.active_run import find_run
-from flowbuffer.spool.states import park, parked_reason
+from flowbuffer.spool.notes import park, parked_reason
 from flowbuffer.testing import FakeTransport
 from support.backends import client, history
 from support.small_spool import SmallSpool

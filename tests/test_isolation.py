@@ -24,7 +24,7 @@ from flowbuffer.spool import dead_letters
 from flowbuffer.spool.layout import PARAM
 from flowbuffer.spool.outcomes import Outcome, slot_outcomes
 from flowbuffer.spool.reading import blocks, key_table, reader
-from flowbuffer.spool.states import tally
+from flowbuffer.spool.tally import tally
 from flowbuffer.spool.writing.places import Places
 from flowbuffer.testing import FakeTransport
 from support.small_spool import SmallSpool

@@ -21,7 +21,8 @@ from flowbuffer.logger.handle import Handle
 from flowbuffer.spool import dead_letters, removed
 from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.outcomes import Outcome, folder_outcome, slot_outcomes
-from flowbuffer.spool.states import Tally, Waiting, tally, tally_since
+from flowbuffer.spool.tally import Tally, tally, tally_since
+from flowbuffer.spool.waiting import Waiting
 from flowbuffer.testing import FakeTransport
 from support.backends import make_run
 from support.small_spool import SmallSpool

@@ -38,7 +38,7 @@ from flowbuffer.logger import job_end
 from flowbuffer.spool import layout
 from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.producer_info import ProducerInfo, this_producer
-from flowbuffer.spool.states import tally
+from flowbuffer.spool.tally import tally
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.collectors import collector_pid, end_collector, is_empty

@@ -21,8 +21,9 @@ from flowbuffer.errors import (
 )
 from flowbuffer.spool import dead_letters
 from flowbuffer.spool.layout import COMMITTED, PARAM
+from flowbuffer.spool.notes import delivery_note, parked_reason
 from flowbuffer.spool.outcomes import Outcome, slot_outcomes
-from flowbuffer.spool.states import delivery_note, parked_reason, want
+from flowbuffer.spool.waiting import want
 from flowbuffer.testing import FakeTransport
 from support.small_spool import RUN, SmallSpool
 
@@ -183,7 +184,7 @@ def test_a_parked_folder_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found: list[object] = []
     monkeypatch.setattr(
         "flowbuffer.delivery.sender.park",
-        lambda folder, _: found.append(delivery_note(folder).get("last_error")),
+        lambda folder, _: found.append(delivery_note(folder).last_error),
     )
     spool.transport.decide = lambda _: RunGoneError("404 no such run")
     spool.producer.append("k", 1.0)

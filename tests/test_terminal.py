@@ -21,7 +21,8 @@ from flowbuffer.commands import cli
 from flowbuffer.errors import RejectedError
 from flowbuffer.settings.settings import kinds_of_settings
 from flowbuffer.spool.folders import Spool
-from flowbuffer.spool.states import park, tally
+from flowbuffer.spool.notes import park
+from flowbuffer.spool.tally import tally
 from flowbuffer.testing import FakeTransport, ManualClock
 from flowbuffer.words import counted, duration, size
 from support.left_over import leave

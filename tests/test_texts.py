@@ -28,7 +28,7 @@ from flowbuffer.spool.layout import PARAM, TAG
 from flowbuffer.spool.outcomes import Outcome as Became
 from flowbuffer.spool.outcomes import slot_outcomes
 from flowbuffer.spool.producer_info import this_producer
-from flowbuffer.spool.states import tally
+from flowbuffer.spool.tally import tally
 from flowbuffer.spool.writing.places import Places
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock

@@ -7,7 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
-from flowbuffer.spool.states import tally
+from flowbuffer.spool.tally import tally
 from support.interrupted_logger import PATIENCE_S, Site, equipment
 from support.interruptions import Line, Trap, lines_of
 

@@ -9,8 +9,8 @@ from typing import Any
 from flowbuffer import Settings
 from flowbuffer.clock import SYSTEM_CLOCK, Clock
 from flowbuffer.spool.folders import ProducerDirectory, Spool
+from flowbuffer.spool.notes import park
 from flowbuffer.spool.producer_info import OFFLINE, this_producer
-from flowbuffer.spool.states import park
 from flowbuffer.spool.writing.producer import Producer
 
 

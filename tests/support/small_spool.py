@@ -11,7 +11,7 @@ from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.folders import ProducerDirectory, Spool
 from flowbuffer.spool.producer_info import this_producer
 from flowbuffer.spool.reading.reader import Reader
-from flowbuffer.spool.states import tally
+from flowbuffer.spool.tally import tally
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 

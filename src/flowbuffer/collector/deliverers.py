@@ -18,7 +18,7 @@ from flowbuffer.collector.thread import CollectorThread
 from flowbuffer.notices import tell_outage, warn_once
 from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.folders import Spool, has_producer
-from flowbuffer.spool.states import delivery_note, park, parked_reason
+from flowbuffer.spool.notes import delivery_note, park, parked_reason
 
 _log = logging.getLogger("flowbuffer")
 
@@ -152,7 +152,7 @@ class DeliveryByProcess(DeliveryHere):
         """Repeat here what goes wrong in the collector process, once."""
         super().tend()
         assert self._folder is not None
-        for text in delivery_note(self._folder).get("warnings", ()):
+        for text in delivery_note(self._folder).warnings:
             warn_once(text)
         tell_outage(unquote(self._folder.parent.name), last_error(self._folder))
 
@@ -179,8 +179,8 @@ os.register_at_fork(after_in_child=_threads.clear)
 def last_error(folder: Path) -> str:
     """What keeps a producer's points from delivery, and what to do; empty if nothing does."""
     note = delivery_note(folder)
-    error = parked_reason(folder) or str(note.get("last_error", ""))
-    if note.get("unauthorised"):
+    error = parked_reason(folder) or note.last_error
+    if note.unauthorised:
         error += (
             " (the process that logs goes on with its own credentials, as they are in its "
             "environment now: renew them there)"

@@ -31,8 +31,9 @@ from flowbuffer.settings.environment import handed_on_ms, handed_on_uri
 from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.files import FileLock, OwnedFile
 from flowbuffer.spool.folders import Spool, has_producer
+from flowbuffer.spool.notes import parked_reason
 from flowbuffer.spool.producer_info import read_info
-from flowbuffer.spool.states import closed_outcome, parked_reason
+from flowbuffer.spool.segment_files import closed_outcome
 
 _log = logging.getLogger("flowbuffer")
 

@@ -29,7 +29,7 @@ from flowbuffer.collector.thread import TEND_EVERY_S, CollectorThread, User
 from flowbuffer.errors import UnauthorisedError
 from flowbuffer.forks import whole
 from flowbuffer.settings.settings import Settings
-from flowbuffer.spool.states import delivery_note
+from flowbuffer.spool.notes import delivery_note
 
 if TYPE_CHECKING:
     from flowbuffer.collector.collector import Collector, Stream
@@ -142,7 +142,7 @@ class Stopgap(CollectorThread):
             if folder.stream not in self.streams:
                 folder.stream = None
             waits = self._waits(folder, now_s)
-            if bool(delivery_note(folder.path).get("unauthorised")):
+            if delivery_note(folder.path).unauthorised:
                 folder.kept = True
             if folder.stream is None:
                 if (folder.kept or waits) and now_s >= folder.left_until_s:

@@ -11,7 +11,7 @@ from flowbuffer.commands.places import folders_of_run, unread_segments
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.spool import dead_letters
 from flowbuffer.spool.folders import Claim, Spool, has_producer
-from flowbuffer.spool.states import tally
+from flowbuffer.spool.tally import tally
 from flowbuffer.words import counted
 
 

@@ -10,7 +10,7 @@ from flowbuffer.settings.settings import Settings
 from flowbuffer.spool import layout
 from flowbuffer.spool.files import read_file
 from flowbuffer.spool.folders import Spool
-from flowbuffer.spool.states import segment_numbers
+from flowbuffer.spool.segment_files import segment_numbers
 
 
 def settings_of(spool_dir: Path | None) -> Settings:
@@ -70,7 +70,7 @@ def run_id_in(spool: Spool, given: str) -> str:
 def unread_segments(folder: Path) -> list[str]:
     """The segments that might hold a point nobody has delivered or rejected.
 
-    Stricter than ``states.tally``, which passes over what it cannot read: a segment counts unless
+    Stricter than ``tally``, which passes over what it cannot read: a segment counts unless
     all of it is there, can be read, and says that it is settled.
     """
     found = [path.name for path in sorted(folder.glob("*.damaged"))]

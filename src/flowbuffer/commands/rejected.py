@@ -17,7 +17,7 @@ from flowbuffer.spool.dead_letters import DeadLetter
 from flowbuffer.spool.folders import Claim, Spool, has_producer
 from flowbuffer.spool.layout import FAILED, PARAM, TAG
 from flowbuffer.spool.producer_info import read_info
-from flowbuffer.spool.states import closed_outcome
+from flowbuffer.spool.segment_files import closed_outcome
 from flowbuffer.spool.writing.places import Places
 from flowbuffer.spool.writing.producer import Producer
 

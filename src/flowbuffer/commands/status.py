@@ -15,8 +15,10 @@ from flowbuffer.commands.places import folders_of_run
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.spool.files import FileLock, check_private, read_file
 from flowbuffer.spool.folders import Spool, has_producer
+from flowbuffer.spool.notes import delivery_note, parked_reason
 from flowbuffer.spool.producer_info import OFFLINE, read_info
-from flowbuffer.spool.states import closed_outcome, delivery_note, parked_reason, tally
+from flowbuffer.spool.segment_files import closed_outcome
+from flowbuffer.spool.tally import tally
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,5 +185,5 @@ def _counts(folder: Path) -> dict[str, Any] | None:
 
 def _last_error(folder: Path) -> str:
     kept = [f"{path.name} could not be read" for path in sorted(folder.glob("*.damaged"))]
-    said = (parked_reason(folder), delivery_note(folder).get("last_error"), *kept)
+    said = (parked_reason(folder), delivery_note(folder).last_error, *kept)
     return redacted("; ".join(dict.fromkeys(str(text) for text in said if text)))

@@ -23,8 +23,10 @@ from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.files import FileLock
 from flowbuffer.spool.folders import Spool, has_producer
 from flowbuffer.spool.layout import FINISHED
+from flowbuffer.spool.notes import delivery_note, is_parked_since, park, parked_reason
 from flowbuffer.spool.producer_info import OFFLINE, ProducerInfo
-from flowbuffer.spool.states import closed_outcome, delivery_note, park, parked_reason, tally
+from flowbuffer.spool.segment_files import closed_outcome
+from flowbuffer.spool.tally import tally
 
 #: How often the spool is looked at for folders that can be taken, in s.
 _LOOK_EVERY_S = 0.25
@@ -301,7 +303,7 @@ class _Sync:
             target.untaken_since_s = None
             parked = parked_reason(folder)
             known = target.info.delivery != OFFLINE and now_s - self._start_s > _OLD_NEWS_S
-            if parked and (known or _is_newer(folder / "parked.json", self._start_ns)):
+            if parked and (known or is_parked_since(folder, self._start_ns)):
                 target.give_up_as_gone(parked)
         elif target.untaken_since_s is None:
             target.untaken_since_s = now_s
@@ -374,7 +376,7 @@ class _Sync:
         own = target.stream
         if own is not None:
             return "time was up" if own.sender.failure is None else own.sender.failure.reason
-        said = str(delivery_note(target.folder).get("last_error") or "")
+        said = delivery_note(target.folder).last_error
         return said or "another process delivers it, and is not done"
 
 
@@ -387,10 +389,3 @@ def _goes_on(folder: Path) -> bool:
         return True
     found = tally(folder)
     return found is not None and found.pending > 0
-
-
-def _is_newer(path: Path, start_ns: int) -> bool:
-    try:
-        return path.stat().st_mtime_ns > start_ns
-    except FileNotFoundError:
-        return False

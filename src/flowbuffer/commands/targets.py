@@ -9,16 +9,9 @@ from flowbuffer.collector.collector import Stream
 from flowbuffer.spool.files import check_private
 from flowbuffer.spool.layout import SLOT_SIZE, segment_size
 from flowbuffer.spool.producer_info import ProducerInfo, read_info
-from flowbuffer.spool.states import (
-    Tally,
-    Waiting,
-    closed_outcome,
-    last_barrier,
-    segment_numbers,
-    tally,
-    tally_since,
-    want,
-)
+from flowbuffer.spool.segment_files import closed_outcome, segment_numbers
+from flowbuffer.spool.tally import Tally, tally, tally_since
+from flowbuffer.spool.waiting import Waiting, last_barrier, want
 from flowbuffer.words import gone
 
 

@@ -39,8 +39,8 @@ from flowbuffer.errors import (
 )
 from flowbuffer.notices import tell_outage, warn_once
 from flowbuffer.settings.settings import Settings
+from flowbuffer.spool.notes import DeliveryNote, is_parked, park
 from flowbuffer.spool.reading.reader import Reader
-from flowbuffer.spool.states import is_parked, park
 
 _log = logging.getLogger("flowbuffer")
 
@@ -339,14 +339,14 @@ class Sender:
     def _note(self) -> None:
         for source in self._live():
             source.reader.note(
-                {
-                    "retries": self.retries,
-                    "last_error": self.failure.reason if self.failure else self._intake.trouble,
-                    "unauthorised": isinstance(self.failure, UnauthorisedError),
-                    "ties_moved": source.ties.moved,
-                    "ties_moved_most_ms": source.ties.moved_most_ms,
-                    "warnings": self.transport.warnings(self.run_id),
-                }
+                DeliveryNote(
+                    retries=self.retries,
+                    last_error=self.failure.reason if self.failure else self._intake.trouble,
+                    unauthorised=isinstance(self.failure, UnauthorisedError),
+                    ties_moved=source.ties.moved,
+                    ties_moved_most_ms=source.ties.moved_most_ms,
+                    warnings=tuple(self.transport.warnings(self.run_id)),
+                )
             )
 
     def _mark(self, rows: Rows) -> None:

@@ -10,16 +10,11 @@ from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.collector.deliverers import Delivery, last_error
 from flowbuffer.logger.report import Report
 from flowbuffer.spool.carry import Carry, read_carry
+from flowbuffer.spool.notes import delivery_note, parked_reason
 from flowbuffer.spool.outcomes import is_there
 from flowbuffer.spool.producer_info import OFFLINE
-from flowbuffer.spool.states import (
-    Tally,
-    delivery_note,
-    is_settled,
-    last_barrier,
-    parked_reason,
-    tally_since,
-)
+from flowbuffer.spool.tally import Tally, tally_since
+from flowbuffer.spool.waiting import is_settled, last_barrier
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.words import counted, gone
 
@@ -101,10 +96,10 @@ class Ledger:
         return {
             "lag_s": max(age_s, 0.0),
             "backlog_bytes": self._delivery.spool.used_bytes(),
-            "ties_moved": note.get("ties_moved", 0),
-            "ties_moved_most_ms": note.get("ties_moved_most_ms", 0),
-            "retries": note.get("retries", 0),
-            "last_error": note.get("last_error", ""),
+            "ties_moved": note.ties_moved,
+            "ties_moved_most_ms": note.ties_moved_most_ms,
+            "retries": note.retries,
+            "last_error": note.last_error,
         }
 
     def is_there(self) -> bool:
@@ -113,7 +108,7 @@ class Ledger:
             there = is_there(self._folder)
         except OSError:
             there = True
-        return there and not delivery_note(self._folder).get("done")
+        return there and not delivery_note(self._folder).done
 
     def is_let_go(self) -> bool:
         """Whether waiting for a closed producer's points is over, or in vain."""

@@ -8,8 +8,9 @@ from typing import Any
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.errors import DeliveryError, WaitTimeout
 from flowbuffer.spool.naming import named
+from flowbuffer.spool.notes import parked_reason
 from flowbuffer.spool.outcomes import Outcome, reasons, slot_outcomes
-from flowbuffer.spool.states import parked_reason, want
+from flowbuffer.spool.waiting import want
 from flowbuffer.spool.writing.places import Segment
 
 

@@ -14,8 +14,9 @@ from flowbuffer.collector.deliverers import Delivery, delivery_of, last_error
 from flowbuffer.errors import SpoolError
 from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.folders import has_producer
+from flowbuffer.spool.notes import parked_reason
 from flowbuffer.spool.producer_info import OFFLINE, read_info
-from flowbuffer.spool.states import Waiting, hurry_to_end, parked_reason
+from flowbuffer.spool.waiting import Waiting, hurry_to_end
 
 #: How many folders of dead producers this process delivers at once, if nobody else does.
 _AT_ONCE = 16

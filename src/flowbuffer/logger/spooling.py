@@ -15,7 +15,8 @@ from flowbuffer.logger.progress import Progress
 from flowbuffer.logger.report import Report
 from flowbuffer.logger.succession import Inheritance, inheritance
 from flowbuffer.notices import tell, warn_once
-from flowbuffer.spool.states import Waiting, park, parked_reason, want
+from flowbuffer.spool.notes import park, parked_reason
+from flowbuffer.spool.waiting import Waiting, want
 from flowbuffer.spool.writing.producer import Producer
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from flowbuffer.spool import layout
 from flowbuffer.spool.carry import Carry, carry_frame, read_carry
 from flowbuffer.spool.files import read_file
-from flowbuffer.spool.states import segment_numbers
+from flowbuffer.spool.segment_files import segment_numbers
 from flowbuffer.spool.writing.producer import Producer
 
 #: How often the segments of a folder are read again because one was deleted meanwhile.

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, EMPTY, REJECTED, VOID
-from flowbuffer.spool.states import points_in
+from flowbuffer.spool.tally import points_in
 
 #: A slot that stays empty this long between others, in s, is passed over: its call was interrupted
 #: between the reservation and the store. If it is stored later it is delivered then, out of order.

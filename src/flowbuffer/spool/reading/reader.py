@@ -7,9 +7,8 @@ the same after a restart; what was derived at the end of a deleted segment is ke
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +20,14 @@ from flowbuffer.spool.carry import Carry, read_carry, write_carry
 from flowbuffer.spool.dead_letters import DeadLetter
 from flowbuffer.spool.files import write_file
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, REJECTED
+from flowbuffer.spool.notes import DeliveryNote, delivery_note, write_delivery_note
 from flowbuffer.spool.outcomes import Outcome, is_there, keep_states, segment_outcome
 from flowbuffer.spool.reading.blocks import Blocks, no_columns
 from flowbuffer.spool.reading.columns import Block, mapped_segment, text_at
 from flowbuffer.spool.reading.key_table import KeyTable
 from flowbuffer.spool.reading.open_segment import OpenSegment
-from flowbuffer.spool.states import delivery_note, names_in, points_in, segment_numbers
+from flowbuffer.spool.segment_files import names_in, segment_numbers
+from flowbuffer.spool.tally import points_in
 
 
 class Reader:
@@ -210,18 +211,18 @@ class Reader:
         """Whether someone waits for a point that is not settled."""
         return any(segment.is_hurried() for segment in self._open)
 
-    def note(self, note: dict[str, Any]) -> None:
-        """Tell how delivery is doing (``delivery.json``), if that is news."""
-        if note != self._note and (self._note or any(note.values())):
+    def note(self, note: DeliveryNote) -> None:
+        """Tell how delivery is doing, if that is news."""
+        if note != self._note:
             self._note = note
             try:
-                write_file(self.folder / "delivery.json", json.dumps(note).encode())
+                write_delivery_note(self.folder, note)
             except OSError:
                 pass  # a full disk; no promise rests on it
 
     def note_done(self) -> None:
         """Tell that everything is settled, and that the folder stays for what cannot be sent."""
-        self.note({**self._note, "done": True})
+        self.note(replace(self._note, done=True))
 
     def close(self) -> None:
         """Let go of the mapped segments."""
