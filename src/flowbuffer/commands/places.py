@@ -10,7 +10,7 @@ from flowbuffer.settings.settings import Settings
 from flowbuffer.spool import layout
 from flowbuffer.spool.files import read_file
 from flowbuffer.spool.folders import Spool
-from flowbuffer.spool.segment_files import segment_numbers
+from flowbuffer.spool.segment_files import Ending, bytes_at, names_in, segment_numbers, segment_path
 
 
 def settings_of(spool_dir: Path | None) -> Settings:
@@ -73,18 +73,17 @@ def unread_segments(folder: Path) -> list[str]:
     Stricter than ``tally``, which passes over what it cannot read: a segment counts unless
     all of it is there, can be read, and says that it is settled.
     """
-    found = [path.name for path in sorted(folder.glob("*.damaged"))]
+    found = sorted(names_in(folder, Ending.DAMAGED))
     for number in segment_numbers(folder):
-        path = folder / f"{number:08d}.slots"
+        path = segment_path(folder, number)
         try:
             data = read_file(path, limit=layout.segment_size(layout.MAX_SEGMENT_SLOTS))
             whole = len(data) == layout.segment_size(layout.parse_segment_header(data, number))
         except OSError:
             whole = False
-        if not whole or set(data[_FIRST_STATE :: layout.SLOT_SIZE]) - _SETTLED:
+        if not whole or set(bytes_at(data, layout.STATE_OFFSET)) - _SETTLED:
             found.append(path.name)
     return found
 
 
-_FIRST_STATE = layout.SEGMENT_HEADER_SIZE + layout.STATE_OFFSET
 _SETTLED = {layout.EMPTY, layout.DELIVERED, layout.REJECTED, layout.VOID}

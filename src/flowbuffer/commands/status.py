@@ -17,7 +17,7 @@ from flowbuffer.spool.files import FileLock, check_private, read_file
 from flowbuffer.spool.folders import Spool, has_producer
 from flowbuffer.spool.notes import delivery_note, parked_reason
 from flowbuffer.spool.producer_info import OFFLINE, read_info
-from flowbuffer.spool.segment_files import closed_outcome
+from flowbuffer.spool.segment_files import Ending, closed_outcome, names_in
 from flowbuffer.spool.tally import tally
 
 
@@ -184,6 +184,6 @@ def _counts(folder: Path) -> dict[str, Any] | None:
 
 
 def _last_error(folder: Path) -> str:
-    kept = [f"{path.name} could not be read" for path in sorted(folder.glob("*.damaged"))]
+    kept = [f"{name} could not be read" for name in sorted(names_in(folder, Ending.DAMAGED))]
     said = (parked_reason(folder), delivery_note(folder).last_error, *kept)
     return redacted("; ".join(dict.fromkeys(str(text) for text in said if text)))

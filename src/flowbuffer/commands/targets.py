@@ -7,9 +7,14 @@ from pathlib import Path
 
 from flowbuffer.collector.collector import Stream
 from flowbuffer.spool.files import check_private
-from flowbuffer.spool.layout import SLOT_SIZE, segment_size
+from flowbuffer.spool.layout import SLOT_SIZE
 from flowbuffer.spool.producer_info import ProducerInfo, read_info
-from flowbuffer.spool.segment_files import closed_outcome, segment_numbers
+from flowbuffer.spool.segment_files import (
+    closed_outcome,
+    offset_of,
+    segment_numbers,
+    segment_path,
+)
 from flowbuffer.spool.tally import Tally, tally, tally_since
 from flowbuffer.spool.waiting import Waiting, last_barrier, want
 from flowbuffer.words import gone
@@ -92,10 +97,10 @@ class Target:
         """Have whoever delivers it send all of it without lingering."""
         last, end = self.barrier
         for number in segment_numbers(self.folder):
-            path = self.folder / f"{number:08d}.slots"
+            path = segment_path(self.folder, number)
             try:
                 slots_end = end if number == last else path.stat().st_size
-                if number <= last and slots_end > segment_size(0):
+                if number <= last and slots_end > offset_of(0):
                     want(path, slots_end - SLOT_SIZE)
             except OSError:
                 continue  # delivered and deleted meanwhile, or not ours to write to

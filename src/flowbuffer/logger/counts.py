@@ -14,7 +14,7 @@ from flowbuffer.spool.notes import delivery_note, parked_reason
 from flowbuffer.spool.outcomes import is_there
 from flowbuffer.spool.producer_info import OFFLINE
 from flowbuffer.spool.tally import Tally, tally_since
-from flowbuffer.spool.waiting import is_settled, last_barrier
+from flowbuffer.spool.waiting import Waiting, last_barrier
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.words import counted, gone
 
@@ -163,7 +163,7 @@ class Ledger:
 def is_over(folder: Path) -> bool:
     """Whether waiting for what is in a folder now is over, or in vain."""
     try:
-        barrier = last_barrier(folder)
+        waiting = Waiting(folder, last_barrier(folder))
     except OSError:
         return False  # it cannot be looked at now
-    return is_settled(folder, barrier) or parked_reason(folder) is not None
+    return waiting.is_over() or parked_reason(folder) is not None

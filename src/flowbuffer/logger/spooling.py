@@ -16,6 +16,7 @@ from flowbuffer.logger.report import Report
 from flowbuffer.logger.succession import Inheritance, inheritance
 from flowbuffer.notices import tell, warn_once
 from flowbuffer.spool.notes import park, parked_reason
+from flowbuffer.spool.segment_files import segment_path
 from flowbuffer.spool.waiting import Waiting, want
 from flowbuffer.spool.writing.producer import Producer
 
@@ -165,7 +166,7 @@ class Spooling:
         number, offset = self.producer.barrier()
         if not isinstance(self.delivery, NoDelivery):
             park(self.folder, None)
-        want(self.folder / f"{number:08d}.slots", offset)
+        want(segment_path(self.folder, number), offset)
         return number, offset
 
     def _wait(

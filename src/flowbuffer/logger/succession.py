@@ -13,7 +13,7 @@ from pathlib import Path
 from flowbuffer.spool import layout
 from flowbuffer.spool.carry import Carry, carry_frame, read_carry
 from flowbuffer.spool.files import read_file
-from flowbuffer.spool.segment_files import segment_numbers
+from flowbuffer.spool.segment_files import segment_numbers, segment_path
 from flowbuffer.spool.writing.producer import Producer
 
 #: How often the segments of a folder are read again because one was deleted meanwhile.
@@ -68,7 +68,7 @@ def _ties_at_end(folder: Path) -> bytes:
         try:
             for number in segment_numbers(folder):
                 if number >= carry.first:
-                    slots, fields, _ = mapped_segment(folder / f"{number:08d}.slots", number)
+                    slots, fields, _ = mapped_segment(segment_path(folder, number), number)
                     segment = OpenSegment(number, slots, fields)
                     used = np.flatnonzero(slots["state"]).astype(np.int32)
                     columns, _, _ = blocks.columns(segment, used, segment.slots, 1 << 62)

@@ -28,6 +28,7 @@ from flowbuffer.spool.mark import (
     unfinished_marks,
 )
 from flowbuffer.spool.producer_info import ProducerInfo, read_info
+from flowbuffer.spool.segment_files import Ending
 
 #: Where flock, shared mappings or reserved blocks do not hold what the spool needs of them.
 REMOTE_FILE_SYSTEMS = frozenset(
@@ -289,7 +290,7 @@ def _is_producers(folder: Path) -> bool:
     if os.path.lexists(folder / "producer.json"):
         return True
     return is_producer_name(folder.name) and any(
-        entry.name.endswith(".slots") for entry in _entries(folder)
+        entry.name.endswith(Ending.SLOTS) for entry in _entries(folder)
     )
 
 

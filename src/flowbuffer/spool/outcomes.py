@@ -22,6 +22,7 @@ from flowbuffer.errors import SpoolFormatError
 from flowbuffer.spool import dead_letters, layout, removed
 from flowbuffer.spool.carry import read_carry, write_in_room_of
 from flowbuffer.spool.files import opened, read_file
+from flowbuffer.spool.segment_files import Ending, number_of, slot_at
 
 
 class Outcome(Enum):
@@ -70,18 +71,18 @@ def segment_outcome(segment: Path) -> Outcome:
     Raises:
         OSError: That is not known now.
     """
-    folder, number = segment.parent, int(segment.stem)
-    if is_there(segment.with_suffix(".damaged")):
+    folder, number = segment.parent, number_of(segment)
+    if is_there(segment.with_suffix(Ending.DAMAGED)):
         return Outcome.DAMAGED
-    if is_there(segment.with_suffix(".lost")):
+    if is_there(segment.with_suffix(Ending.LOST)):
         return Outcome.UNKNOWN
-    if is_there(segment.with_suffix(".states")):
+    if is_there(segment.with_suffix(Ending.STATES)):
         return Outcome.REJECTED
     if number < _first_segment(folder):
         return Outcome.DELIVERED
     recorded = _recorded(folder, number)
     if recorded is None and is_there(folder):
-        reused = ("carry", segment.with_suffix(".states").name)  # see write_in_room_of
+        reused = ("carry", segment.with_suffix(Ending.STATES).name)  # see write_in_room_of
         being_retired = any(is_there(folder / f".{name}.reused") for name in reused)
         return Outcome.PENDING if being_retired else Outcome.UNKNOWN
     return recorded or folder_outcome(folder, number)
@@ -124,14 +125,14 @@ def reasons(segment: Path, offsets: Sequence[int], outcomes: Sequence[Outcome]) 
     """Why slots of a segment are not delivered; nothing for those that are pending."""
     why = []
     refused = {
-        (offset - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE
+        slot_at(offset)
         for offset, outcome in zip(offsets, outcomes, strict=True)
         if outcome is Outcome.REJECTED
     }
     if refused:
         why += _reasons_of_rejected(segment, refused)
     if Outcome.DAMAGED in outcomes:
-        why.append(f"its segment is damaged, and kept as {segment.with_suffix('.damaged')}")
+        why.append(f"its segment is damaged, and kept as {segment.with_suffix(Ending.DAMAGED)}")
     if Outcome.UNKNOWN in outcomes:
         why.append(_why_unknown(segment))
     return why
@@ -139,7 +140,7 @@ def reasons(segment: Path, offsets: Sequence[int], outcomes: Sequence[Outcome]) 
 
 def _reasons_of_rejected(segment: Path, slots: set[int]) -> list[str]:
     try:
-        letters = dead_letters.about(segment.parent, int(segment.stem), slots)
+        letters = dead_letters.about(segment.parent, number_of(segment), slots)
     except OSError:
         letters = []
     found = [f"{letter.key!r}: {letter.reason}" for letter in letters]
@@ -178,7 +179,7 @@ def keep_states(segment: Path, states: bytes) -> None:
         OSError: They cannot be written now.
     """
     frame = layout.frame(len(states), zlib.compress(states, 1))
-    write_in_room_of(segment, segment.with_suffix(".states"), frame)
+    write_in_room_of(segment, segment.with_suffix(Ending.STATES), frame)
 
 
 def _of_states(states: Sequence[int | None]) -> list[Outcome]:
@@ -200,7 +201,7 @@ def _of_absent(segment: Path, offsets: Sequence[int]) -> list[Outcome]:
     outcome = segment_outcome(segment)
     if outcome is Outcome.REJECTED:
         kept = _kept_states(segment)
-        slots = [(at - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE for at in offsets]
+        slots = map(slot_at, offsets)
         found = _of_states([kept[slot] if 0 <= slot < len(kept) else None for slot in slots])
         return [Outcome.UNKNOWN if one is Outcome.PENDING else one for one in found]
     return [outcome] * len(offsets)
@@ -209,7 +210,7 @@ def _of_absent(segment: Path, offsets: Sequence[int]) -> list[Outcome]:
 def _kept_states(segment: Path) -> bytes:
     """The states of a retired segment's slots; none if there are none to be known."""
     try:
-        content = read_file(segment.with_suffix(".states"), limit=2 * layout.MAX_SEGMENT_SLOTS)
+        content = read_file(segment.with_suffix(Ending.STATES), limit=2 * layout.MAX_SEGMENT_SLOTS)
         slots, packed = layout.parse_frame(content)
         states = zlib.decompressobj().decompress(packed, layout.MAX_SEGMENT_SLOTS)
     except (FileNotFoundError, SpoolFormatError, zlib.error):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from flowbuffer.errors import SpoolError
 from flowbuffer.spool import layout
@@ -20,9 +20,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def segment_path(folder: Path, number: int) -> Path:
-    """The file with the slots of a segment of a producer's folder."""
-    return folder / f"{number:08d}.slots"
+class Ending:
+    """How the names of a segment's files end; what is in them is told in ``layout``."""
+
+    SLOTS: Final = ".slots"
+    JOURNAL: Final = ".journal"
+    STATES: Final = ".states"
+    DAMAGED: Final = ".damaged"
+    LOST: Final = ".lost"
+
+
+def segment_path(folder: Path, number: int, ending: str = Ending.SLOTS) -> Path:
+    """A file of a segment in a producer's folder."""
+    return folder / f"{number:08d}{ending}"
+
+
+def number_of(segment: Path) -> int:
+    """The number of a segment, from the path of one of its files."""
+    return int(segment.stem)
 
 
 def segment_numbers(folder: Path) -> list[int]:
@@ -31,7 +46,8 @@ def segment_numbers(folder: Path) -> list[int]:
     Raises:
         OSError: They cannot be listed now.
     """
-    return sorted(int(n[:-6]) for n in names_in(folder, ".slots") if n[:-6].isdecimal())
+    stems = (name.removesuffix(Ending.SLOTS) for name in names_in(folder, Ending.SLOTS))
+    return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
 def names_in(folder: Path, end: str | tuple[str, ...]) -> list[str]:
@@ -46,6 +62,21 @@ def names_in(folder: Path, end: str | tuple[str, ...]) -> list[str]:
         return []
 
 
+def offset_of(slot: int) -> int:
+    """Where a slot is in its file, in bytes from the start; of the one after the last, the end."""
+    return layout.segment_size(slot)
+
+
+def slot_at(offset: int) -> int:
+    """The slot at an offset."""
+    return (offset - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE
+
+
+def bytes_at(content: Any, position: int) -> bytes:
+    """Of each slot the byte at a position, from what is in a file of slots."""
+    return bytes(content[offset_of(0) + position :: layout.SLOT_SIZE])
+
+
 def slots_in(path: Path) -> NDArray[Any]:
     """The slots of a segment; none if it is gone, or no file of a spool."""
     import numpy
@@ -54,7 +85,7 @@ def slots_in(path: Path) -> NDArray[Any]:
         data = read_file(path, limit=layout.segment_size(layout.MAX_SEGMENT_SLOTS))
     except (FileNotFoundError, SpoolError):
         data = b""
-    body = data[layout.SEGMENT_HEADER_SIZE :]
+    body = data[offset_of(0) :]
     columns = numpy.dtype(layout.SLOT_COLUMNS)  # type: ignore[call-overload]
     return numpy.frombuffer(body, columns, len(body) // layout.SLOT_SIZE)
 

@@ -11,7 +11,7 @@ from flowbuffer.spool import dead_letters, layout
 from flowbuffer.spool.carry import Carry, read_carry
 from flowbuffer.spool.layout import COMMITTED, DELIVERED, EXPLICIT, REJECTED, SERIES
 from flowbuffer.spool.outcomes import Outcome, folder_outcome, is_there, segment_outcome
-from flowbuffer.spool.segment_files import names_in, segment_numbers, segment_path, slots_in
+from flowbuffer.spool.segment_files import Ending, names_in, segment_numbers, segment_path, slots_in
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,8 +70,8 @@ def tally(folder: Path, last: int = -1) -> Tally | None:
         last = max(last, *numbers) if numbers else last
         absent = set(range(first, last + 1)) - {*numbers}
         why = {segment_outcome(segment_path(folder, number)) for number in absent}
-        is_whole = Outcome.UNKNOWN not in why and not names_in(folder, ".lost")
-        for name in names_in(folder, ".damaged"):
+        is_whole = Outcome.UNKNOWN not in why and not names_in(folder, Ending.LOST)
+        for name in names_in(folder, Ending.DAMAGED):
             unknown += points_in(slots_in(folder / name))
         letters, retried = dead_letters.count(folder)
         if not is_there(folder):

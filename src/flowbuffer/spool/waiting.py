@@ -13,7 +13,13 @@ from typing import Final
 from flowbuffer.spool import layout
 from flowbuffer.spool.files import opened
 from flowbuffer.spool.layout import COMMITTED
-from flowbuffer.spool.segment_files import segment_numbers, segment_path, slots_in
+from flowbuffer.spool.segment_files import (
+    offset_of,
+    segment_numbers,
+    segment_path,
+    slot_at,
+    slots_in,
+)
 
 
 class Waiting:
@@ -26,7 +32,7 @@ class Waiting:
     def __init__(self, folder: Path, barrier: tuple[int, int]) -> None:
         self._folder = folder
         self._barrier = barrier
-        self._at = (0, layout.SEGMENT_HEADER_SIZE)
+        self._at = (0, offset_of(0))
         self._looked = False
 
     def is_over(self) -> bool:
@@ -43,17 +49,12 @@ class Waiting:
         last, end = self._barrier
         if not self._at[0] <= number <= last:
             return False
-        start = self._at[1] if number == self._at[0] else layout.SEGMENT_HEADER_SIZE
+        start = self._at[1] if number == self._at[0] else offset_of(0)
         path = segment_path(self._folder, number)
         found = _first_committed(path, start, end if number == last else None)
         if found is not None:
             self._at = (number, found)
         return found is not None
-
-
-def is_settled(folder: Path, barrier: tuple[int, int]) -> bool:
-    """Whether no point before a barrier waits for delivery."""
-    return Waiting(folder, barrier).is_over()
 
 
 #: Slots that are looked at together.
@@ -90,13 +91,13 @@ def last_barrier(folder: Path) -> tuple[int, int]:
         return -1, 0
     states = slots_in(segment_path(folder, numbers[-1]))["state"].nonzero()[0]
     used = int(states[-1]) + 1 if len(states) else 0
-    return numbers[-1], layout.segment_size(used)
+    return numbers[-1], offset_of(used)
 
 
 def hurry_to_end(folder: Path) -> tuple[int, int]:
     """Have everything that is in a folder now sent without lingering; a barrier after it."""
     number, end = last_barrier(folder)
-    if number >= 0 and end > layout.SEGMENT_HEADER_SIZE:
+    if number >= 0 and end > offset_of(0):
         want(segment_path(folder, number), end - layout.SLOT_SIZE)
     return number, end
 
@@ -109,7 +110,7 @@ def want(path: Path, offset: int) -> None:
         return  # delivered already, or nothing that anybody could deliver
     with file:
         descriptor = file.fileno()
-        slots = (offset - layout.SEGMENT_HEADER_SIZE) // layout.SLOT_SIZE + 1
+        slots = slot_at(offset) + 1
         (wanted,) = layout.WANTED.unpack(os.pread(descriptor, 4, layout.WANTED_OFFSET))
         if slots > wanted:
             os.pwrite(descriptor, layout.WANTED.pack(slots), layout.WANTED_OFFSET)

@@ -14,6 +14,7 @@ from flowbuffer.spool.layout import COMMITTED, EMPTY, EXPLICIT, SERIES, TEXT, VO
 from flowbuffer.spool.reading.columns import SLOT_DTYPE, series_columns, sound_slots, text_at
 from flowbuffer.spool.reading.key_table import KeyTable
 from flowbuffer.spool.reading.open_segment import OpenSegment
+from flowbuffer.spool.segment_files import Ending, segment_path
 
 #: Of points, as :class:`~flowbuffer.spool.reading.columns.Block` has them.
 Columns = Sequence[NDArray[Any]]
@@ -107,7 +108,7 @@ class Blocks:
         return True
 
     def _journal(self, segment: OpenSegment) -> Path:
-        return self._folder / f"{segment.number:08d}.journal"
+        return segment_path(self._folder, segment.number, Ending.JOURNAL)
 
 
 def _columns(slots: NDArray[np.int32], rows: NDArray[Any]) -> Columns:

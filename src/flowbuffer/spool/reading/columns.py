@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from flowbuffer.errors import SpoolFormatError
 from flowbuffer.spool import layout
 from flowbuffer.spool.files import opened
+from flowbuffer.spool.segment_files import offset_of, slot_at
 
 SLOT_DTYPE: Final = np.dtype(layout.SLOT_COLUMNS)  # type: ignore[call-overload]
 
@@ -59,12 +60,12 @@ def mapped_segment(path: Path, number: int) -> tuple[NDArray[Any], NDArray[np.ui
         header = os.pread(descriptor, layout.SEGMENT_HEADER_SIZE, 0)
         slots = layout.parse_segment_header(header, number)
         # A file cut short holds what fits; to read beyond its end would be a SIGBUS.
-        held = min(slots, max(size - layout.SEGMENT_HEADER_SIZE, 0) // layout.SLOT_SIZE)
+        held = min(slots, max(slot_at(size), 0))
         if not held:
             raise SpoolFormatError("it has no slots")
         data = mmap.mmap(descriptor, layout.segment_size(held))
     return (
-        np.frombuffer(data, SLOT_DTYPE, held, layout.SEGMENT_HEADER_SIZE),
+        np.frombuffer(data, SLOT_DTYPE, held, offset_of(0)),
         np.frombuffer(data, "<u4", 4, layout.WANTED_OFFSET),
         slots - held,
     )

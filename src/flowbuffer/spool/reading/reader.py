@@ -26,7 +26,7 @@ from flowbuffer.spool.reading.blocks import Blocks, no_columns
 from flowbuffer.spool.reading.columns import Block, mapped_segment, text_at
 from flowbuffer.spool.reading.key_table import KeyTable
 from flowbuffer.spool.reading.open_segment import OpenSegment
-from flowbuffer.spool.segment_files import names_in, segment_numbers
+from flowbuffer.spool.segment_files import Ending, names_in, segment_numbers, segment_path
 from flowbuffer.spool.tally import points_in
 
 
@@ -78,7 +78,7 @@ class Reader:
         if self._reading() or not self.finished:
             return False
         try:
-            return not any(number >= self._next for number in self._numbers())
+            return not any(number >= self._next for number in segment_numbers(self.folder))
         except OSError:
             return False  # they cannot be listed now
 
@@ -107,7 +107,7 @@ class Reader:
         Raises:
             OSError: It cannot be read any more.
         """
-        journal = self._path(segment_number).with_suffix(".journal")
+        journal = segment_path(self.folder, segment_number, Ending.JOURNAL)
         return text_at(journal, position, identity)
 
     def read(self, limit: int) -> Block | None:
@@ -158,7 +158,7 @@ class Reader:
             segment = self._open[0]
             if segment.carry is None or segment.unsettled or self._may_be_late(segment):
                 return
-            path = self._path(segment.number)
+            path = segment_path(self.folder, segment.number)
             if not segment.is_delivered():
                 keep_states(path, segment.columns["state"].tobytes())
             # A restart counts what is settled in later segments again.
@@ -191,7 +191,7 @@ class Reader:
         Raises:
             OSError: That is not known now.
         """
-        return bool(names_in(self.folder, (".damaged", ".lost")))
+        return bool(names_in(self.folder, (Ending.DAMAGED, Ending.LOST)))
 
     def bury(self, letter: DeadLetter) -> None:
         """Keep a point that was given out as a dead letter; it is rejected then.
@@ -249,7 +249,7 @@ class Reader:
             self._closed = True
         if segment.next_slot >= last:
             return segment.slots
-        ended = self._closed or is_there(self._path(segment.number + 1))
+        ended = self._closed or is_there(segment_path(self.folder, segment.number + 1))
         end = segment.look(last, self._clock.monotonic_s(), ended=ended)
         return min(end, segment.next_slot + limit)
 
@@ -267,20 +267,20 @@ class Reader:
         return not self.finished and segment.may_be_late(self._clock.monotonic_s())
 
     def _open_next(self) -> OpenSegment | None:
-        while not is_there(path := self._path(self._next)):
-            later = [number for number in self._numbers() if number > self._next]
+        while not is_there(path := segment_path(self.folder, self._next)):
+            later = [number for number in segment_numbers(self.folder) if number > self._next]
             if not later:
                 return None
             if not is_there(path):  # and was not made while we looked
                 if segment_outcome(path) is Outcome.UNKNOWN:
                     self._problem(f"{path} is missing; what it held was wiped from the spool")
-                    write_file(path.with_suffix(".lost"), b"")
+                    write_file(path.with_suffix(Ending.LOST), b"")
                 self._next += 1
         number = self._next
         try:
             columns, fields, missing = mapped_segment(path, number)
         except (SpoolError, ValueError) as error:
-            kept = path.replace(path.with_suffix(".damaged"))  # for nobody to delete
+            kept = path.replace(path.with_suffix(Ending.DAMAGED))  # for nobody to delete
             self._problem(f"{path} cannot be read and is kept as {kept.name}: {error}")
             self._next = number + 1
             return self._open_next()
@@ -349,7 +349,7 @@ class Reader:
         )
         dead_letters.append(self.folder, letter)
         segment.columns["state"][slot] = REJECTED
-        self._problem(f"{self._path(segment.number)}, slot {slot}: {reason}")
+        self._problem(f"{segment_path(self.folder, segment.number)}, slot {slot}: {reason}")
 
     # Files.
 
@@ -358,22 +358,15 @@ class Reader:
             self._first, self.delivered, self.rejected, self.carry = read_carry(self.folder)
         except SpoolError as error:
             self._problem(f"{self.folder / 'carry'} is not used: {error}")
-            self._first = min(self._numbers(), default=0)
+            self._first = min(segment_numbers(self.folder), default=0)
         self._next = self._first
-        for number in self._numbers():
+        for number in segment_numbers(self.folder):
             if number < self._first:
                 self._delete(number)
 
-    def _numbers(self) -> list[int]:
-        return segment_numbers(self.folder)
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:08d}.slots"
-
     def _delete(self, number: int) -> None:
-        path = self._path(number)
-        path.with_suffix(".journal").unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        for ending in (Ending.JOURNAL, Ending.SLOTS):
+            segment_path(self.folder, number, ending).unlink(missing_ok=True)
 
     def _problem(self, text: str) -> None:
         self.problems.append(text)

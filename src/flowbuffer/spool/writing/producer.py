@@ -25,6 +25,7 @@ from flowbuffer.settings.settings import Settings
 from flowbuffer.spool import layout
 from flowbuffer.spool.folders import ProducerDirectory, Spool
 from flowbuffer.spool.layout import COMMITTED, EXPLICIT, SERIES, SLOT, SLOT_SIZE, STATE_OFFSET, VOID
+from flowbuffer.spool.segment_files import Ending, segment_path
 from flowbuffer.spool.writing.growing_file import append_frame
 from flowbuffer.spool.writing.places import DROPPED, LEFT_TO_PARENT, Places, Segment
 from flowbuffer.spool.writing.points import (
@@ -333,6 +334,7 @@ class Producer(Stores):
         self._room.take(len(frame))
         store = self._current
         number = store[2].number
-        position = append_frame(self._path(number, "journal"), frame, durable=self._durable)
+        journal = segment_path(self.directory.path, number, Ending.JOURNAL)
+        position = append_frame(journal, frame, durable=self._durable)
         self._journal_end = number, position + len(frame)
         return store, position

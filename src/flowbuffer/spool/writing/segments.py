@@ -13,6 +13,7 @@ from typing import Any, Final
 from flowbuffer.errors import SpoolError, SpoolFull, SpoolGone
 from flowbuffer.spool import layout
 from flowbuffer.spool.files import opened
+from flowbuffer.spool.segment_files import bytes_at, offset_of
 
 #: ``MADV_POPULATE_WRITE`` (Linux 5.14): take the page faults of a segment at once.
 _POPULATE_WRITE = 23
@@ -69,12 +70,12 @@ def segment(path: Path, number: int, slots: int, *, durable: bool) -> mmap.mmap:
 def points_in(buffer: Any) -> Counter[int]:
     """The points in a mapped segment, by the state of their slots; a series counts as all of its
     points. Takes a tenth of a millisecond, and no NumPy, which a training loop may never need."""
-    states = buffer[layout.SEGMENT_HEADER_SIZE + layout.STATE_OFFSET :: layout.SLOT_SIZE]
-    flags = buffer[layout.SEGMENT_HEADER_SIZE + layout.FLAGS_OFFSET :: layout.SLOT_SIZE]
+    states = bytes_at(buffer, layout.STATE_OFFSET)
+    flags = bytes_at(buffer, layout.FLAGS_OFFSET)
     found = Counter({state: states.count(state) for state in layout.STATES})
     slot = flags.find(layout.SERIES)
     while slot >= 0:
-        fields = layout.SLOT.unpack_from(buffer, layout.segment_size(slot))
+        fields = layout.SLOT.unpack_from(buffer, offset_of(slot))
         found[states[slot]] += int(fields[1]) - 1
         slot = flags.find(layout.SERIES, slot + 1)
     return found

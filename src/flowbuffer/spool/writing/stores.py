@@ -15,6 +15,7 @@ from flowbuffer.spool import layout
 from flowbuffer.spool.folders import ProducerDirectory
 from flowbuffer.spool.layout import DELIVERED, EMPTY, REJECTED, SLOT_SIZE, STATE_OFFSET, VOID
 from flowbuffer.spool.outcomes import Outcome, is_there, segment_outcome
+from flowbuffer.spool.segment_files import offset_of, segment_path, slot_at
 from flowbuffer.spool.writing.places import Segment
 from flowbuffer.spool.writing.room import Room
 from flowbuffer.spool.writing.segments import points_in, segment
@@ -63,7 +64,7 @@ class Stores:
         self._current: Store = (
             itertools.count().__next__,
             bytearray(),
-            Segment(self._path(-1, "slots"), -1, hurry),
+            Segment(segment_path(directory.path, -1), -1, hurry),
         )
         # Every store that there was, by number; None once the next one is there. Who makes a store
         # that another thread, or the call that it interrupted, has made finds that here.
@@ -114,8 +115,7 @@ class Stores:
     def _write_end(self, outcome: int) -> None:
         _, buffer, _ = self._current
         if buffer and self._end is not None:
-            slots = (self._end[1] - layout.SEGMENT_HEADER_SIZE) // SLOT_SIZE
-            fields = layout.closed_fields(slots, outcome)
+            fields = layout.closed_fields(slot_at(self._end[1]), outcome)
             buffer[layout.CLOSED_OFFSET : layout.CLOSED_OFFSET + len(fields)] = fields
 
     def abandon(self) -> None:
@@ -192,9 +192,9 @@ class Stores:
     def _new_store(self, number: int) -> Store:
         slots = self._segment_slots[number > 0]
         self._room.take(layout.segment_size(slots))
-        path = self._path(number, "slots")
+        path = segment_path(self.directory.path, number)
         buffer = segment(path, number, slots, durable=self._durable)
-        reserve = itertools.count(layout.SEGMENT_HEADER_SIZE, SLOT_SIZE).__next__
+        reserve = itertools.count(offset_of(0), SLOT_SIZE).__next__
         return reserve, buffer, Segment(path, number, self._hurry)
 
     def _check_open(self) -> None:
@@ -203,9 +203,6 @@ class Stores:
         if self.is_gone:  # that is set first
             raise SpoolGone(f"{self.directory.path} was wiped while points were logged to it")
         raise FlowbufferError("this logger is closed; a closed logger takes no more points")
-
-    def _path(self, number: int, kind: str) -> Path:
-        return self._path_of(f"{number:08d}.{kind}")
 
     def _path_of(self, name: str) -> Path:
         return self.directory.path / name
