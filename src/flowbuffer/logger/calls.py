@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, SupportsIndex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from flowbuffer.logger.handle import Handle
-from flowbuffer.logger.recorders import Append
+from flowbuffer.logger.recorders import Recorder
 from flowbuffer.spool.layout import PARAM, TAG
 from flowbuffer.spool.writing.points import Number
 
 if TYPE_CHECKING:
     import numpy.typing
 
-_APPENDS: Final = ("append", "append_many", "append_series", "append_texts")
-
 
 class LoggingCalls:
     """What a training loop calls. Thread-safe.
 
-    What they do is a producer's business: its methods are attributes of the logger's own, so that
+    What they do is a recorder's business: its methods are attributes of the logger's own, so that
     no call looks for more than one.
     """
 
-    _append: Append
-    _append_many: Append
-    _append_series: Append
-    _append_texts: Append
-
-    def _log_by(self, method: Callable[[str], Append]) -> None:
-        """Log by what ``method`` gives for the name of a producer's method, from now on."""
-        for name in _APPENDS:
-            setattr(self, f"_{name}", method(name))
+    def _log_by(self, recorder: Recorder) -> None:
+        """Log by the methods of a recorder, from now on."""
+        self._append = recorder.append
+        self._append_many = recorder.append_many
+        self._append_series = recorder.append_series
+        self._append_texts = recorder.append_texts
 
     def log_metric(
         self,

@@ -17,7 +17,7 @@ from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.collector.deliverers import DeliveryHere, delivery_of, last_error, settings_for
 from flowbuffer.logger import job_end, open_loggers
 from flowbuffer.logger.active_run import end_run, find_run, run_id_of, settled_uri
-from flowbuffer.logger.recorders import Append, Lenience, then
+from flowbuffer.logger.recorders import Append, Calls, Lenience, around, then
 from flowbuffer.logger.reopening import Reopening
 from flowbuffer.logger.report import Report, Stats
 from flowbuffer.logger.spooling import Spooling
@@ -292,11 +292,10 @@ class MetricLogger(Reopening):
             if self._spooling is not recorder:
                 # In one line without a call: nothing comes between, and loses one of the two.
                 recorder.before, self._spooling = self._spooling, recorder
-            producer = recorder.producer
-            self._log_by(lambda name: self._wrapped(getattr(producer, name), recorder))
+            self._log_by(around(recorder.producer, lambda call: self._wrapped(call, recorder)))
         else:
             self._recorder = recorder
-            self._log_by(lambda name: self._wrapped(getattr(recorder, name)))
+            self._log_by(around(recorder, self._wrapped))
 
     def _wrapped(self, append: Append, spooling: Spooling | None = None) -> Append:
         """The method that logs, with what seldom-used settings add to it."""
@@ -322,7 +321,7 @@ class MetricLogger(Reopening):
         start_s = time.monotonic()
         self._ended = self._ended or not reopens
         spooling = self._spooling
-        self._log_by(self._refusing if self._ended else self._reopening)
+        self._log_by(Calls(self._refusing if self._ended else self._reopening))
         self._is_open = False
         open_loggers.remove(self)
         wait = spooling is None or not (reopens and spooling.is_left_to_others)
@@ -370,7 +369,7 @@ class MetricLogger(Reopening):
         self._is_open = False
         self._lenience = Lenience()
         if not self._ended:
-            self._log_by(self._reopening)
+            self._log_by(Calls(self._reopening))
 
 
 def stored_key_of(settings: Settings, place: Place) -> Callable[[str], str]:

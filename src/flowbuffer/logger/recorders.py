@@ -1,10 +1,10 @@
-"""What seldom-used settings add to the calls that log."""
+"""What takes the points of a logger, and what seldom-used settings add to its calls."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from flowbuffer.errors import InvalidPoint
 from flowbuffer.spool.writing.places import Places
@@ -12,8 +12,45 @@ from flowbuffer.turn import Turn
 
 _log = logging.getLogger("flowbuffer")
 
-#: A method of the producer that logs, or one around it.
+#: A method of a recorder, or one around it.
 Append = Callable[..., Places]
+
+
+class Recorder(Protocol):
+    """A producer, or what stands in for one: what becomes of the points of a call, and the places
+    where they are. The arguments are what the caller gave, and may be anything.
+    """
+
+    def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None, /) -> Places:
+        """Of one point."""
+
+    def append_many(
+        self, metrics: Mapping[str, Any], step: Any = None, timestamp: Any = None, /
+    ) -> Places:
+        """Of one point per key."""
+
+    def append_series(
+        self, key: str, values: Any, steps: Any = None, timestamps: Any = None, /
+    ) -> Places:
+        """Of many points of one key."""
+
+    def append_texts(self, kind: int, texts: Mapping[str, Any], /) -> Places:
+        """Of parameters or, as ``kind`` says, tags."""
+
+
+class Calls:
+    """A recorder made of what ``call`` gives for the name of each method."""
+
+    def __init__(self, call: Callable[[str], Append]) -> None:
+        self.append = call("append")
+        self.append_many = call("append_many")
+        self.append_series = call("append_series")
+        self.append_texts = call("append_texts")
+
+
+def around(recorder: Recorder, wrap: Callable[[Append], Append]) -> Recorder:
+    """A recorder, with what ``wrap`` makes of each of its methods."""
+    return Calls(lambda name: wrap(getattr(recorder, name)))
 
 
 def then(append: Append, finish: Callable[[Places], None]) -> Append:

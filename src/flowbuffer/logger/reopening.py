@@ -8,12 +8,12 @@ be wiped, by ``rm -rf`` or a cleaner of ``/tmp``.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flowbuffer.errors import FlowbufferError
 from flowbuffer.logger import open_loggers
 from flowbuffer.logger.calls import LoggingCalls
+from flowbuffer.logger.recorders import Append, Calls
 
 if TYPE_CHECKING:
     from flowbuffer.logger.spooling import Spooling
@@ -31,8 +31,8 @@ class Reopening(LoggingCalls):
         """Make this process a producer of the run."""
         raise NotImplementedError
 
-    def _use(self, recorder: Any) -> None:
-        """Log by a recorder."""
+    def _use(self, recorder: Spooling) -> None:
+        """Log by what spools."""
         raise NotImplementedError
 
     def used(self) -> object:
@@ -49,7 +49,7 @@ class Reopening(LoggingCalls):
             if spooling is None or not self._is_open or open_loggers.is_in_call(spooling.producer):
                 return False
             self._is_open = False
-            self._log_by(self._reopening)
+            self._log_by(Calls(self._reopening))
             if open_loggers.is_in_call(spooling.producer):  # from now on none can begin
                 if not self._is_open:
                     self._is_open = True
@@ -60,7 +60,7 @@ class Reopening(LoggingCalls):
         finally:
             self._opening.release()
 
-    def _reopening(self, name: str) -> Callable[..., Any]:
+    def _reopening(self, name: str) -> Append:
         def reopen(*args: Any) -> Any:
             with self._opening:
                 if self._ended:
@@ -72,7 +72,7 @@ class Reopening(LoggingCalls):
 
         return reopen
 
-    def _refusing(self, _: str) -> Callable[..., Any]:
+    def _refusing(self, _: str) -> Append:
         return _refuse
 
     def _is_wiped(self) -> bool:
