@@ -2,7 +2,7 @@
 
 One case is one status, one body and one time for which a gateway answers so. The real sender and
 transport send to a real HTTP server on the loopback; the clock is turned by hand, so that a minute
-takes no time. ``scripts/answers`` runs all of them, ``tests/test_answers.py`` a sample.
+takes no time. ``scripts/answers`` runs all of them, ``tests/backends/test_answers.py`` a sample.
 """
 
 from __future__ import annotations

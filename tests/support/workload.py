@@ -1,6 +1,7 @@
 """Many threads that log through one MetricLogger, and what must come back of it (P2, P3, P4).
 
-Plain functions without pytest: `tests/test_order.py` runs them small, `scripts/order` full size.
+Plain functions without pytest: `tests/promises/test_order.py` runs them small, `scripts/order` full
+size.
 """
 
 import sys

@@ -10,7 +10,7 @@ import pytest
 
 from support.kill_rounds import KINDS, why_not
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 ROUNDS = {"alone": 3}  # a third one has its store away
 
 

@@ -37,7 +37,7 @@ pytestmark = [
 NOWHERE = "http://127.0.0.1:1"
 LIGHTNING = "lightning.pytorch.loggers.logger"
 PYTORCH_LIGHTNING = "pytorch_lightning.loggers.logger"
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from flowbuffer.dropin.plugin import NO, YES
 from flowbuffer.settings.settings import kinds_of_settings
 from flowbuffer.settings.values import BOOLEANS, variable_of
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.parametrize(
