@@ -1,6 +1,6 @@
 """The documented asynchronous script on Azure ML: the stock plugin against flowbuffer.
 
-    python benchmarks/azureml_job.py [--values 20000] [--stock 400 | --full] [--json FILE]
+    python benchmarks/jobs/azureml_job.py [--values 20000] [--stock 400 | --full] [--json FILE]
 
 The same script, unmodified, in a process of its own against the loopback endpoint, with 50 ms of
 latency per request and 2 s of ingestion, without and with FLOWBUFFER_ENABLED=1: a loop of
@@ -22,7 +22,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from flowbuffer.testing.azureml import AzureMLEndpoint
 from support.backends import FOREIGN_SETTINGS

@@ -1,6 +1,6 @@
 """What delivery adds to the end of a short job, and to a session that has been idle.
 
-    python benchmarks/short_job.py [--rounds N]
+    python benchmarks/jobs/short_job.py [--rounds N]
 
 Jobs that log a point a millisecond for 1 s and for 10 s, and a session that logs 100 points, waits
 20 s and is closed, each in a process of its own, with thread and with process delivery, to a SQLite
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 JOBS = {"1 s": (1000, 0.0), "10 s": (10_000, 0.0), "idle session": (100, 20.0)}
 

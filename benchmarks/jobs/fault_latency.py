@@ -1,6 +1,6 @@
 """What a server at fault costs the training loop: call times under each fault, against a quiet one.
 
-    python benchmarks/fault_latency.py [--calls N] [--rounds N] [--work-us US]
+    python benchmarks/jobs/fault_latency.py [--calls N] [--rounds N] [--work-us US]
 
 A real server and a proxy with the fault run in this process and below it; each loop is a process of
 its own that does some work between its calls, as training does, and measures every call. The p99
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 FAULTS = ("quiet", "503", "429", "hang", "reset", "down")
 ALLOWED = 2.0

@@ -1,6 +1,6 @@
 """What logs to MLflow by itself, stock and buffered: is all of it stored, and how long it takes.
 
-    python benchmarks/autolog.py [--rounds N] [--json FILE] [CASE...]
+    python benchmarks/jobs/autolog.py [--rounds N] [--json FILE] [CASE...]
 
 Each case is a small training of a library, a process of its own that knows nothing of flowbuffer,
 on a fresh SQLite file; in turn as it is and with FLOWBUFFER_ENABLED=1. What is stored of its runs
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 WAYS = {"stock": {}, "buffered": {"FLOWBUFFER_ENABLED": "1"}}
 LONGEST_S = 300.0

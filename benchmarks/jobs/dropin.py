@@ -1,6 +1,6 @@
 """MLflow's own calls in one run: stock synchronous, stock asynchronous, and buffered.
 
-    python benchmarks/dropin.py [--calls N] [--rows N] [--backend sqlite|server] [--json FILE]
+    python benchmarks/jobs/dropin.py [--calls N] [--rows N] [--backend sqlite|server] [--json FILE]
 
 Every measurement is a process of its own that knows nothing of flowbuffer, on a SQLite file and on
 a local `mlflow server`; "asynchronous" is MLFLOW_ENABLE_ASYNC_LOGGING, which is `synchronous=False`
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 WAYS = {
     "synchronous": {},

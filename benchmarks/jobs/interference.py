@@ -1,6 +1,6 @@
 """What delivery takes from the training loop: steps of 10 ms that log 100 metrics each.
 
-    python benchmarks/interference.py [--steps N] [--rounds N]
+    python benchmarks/jobs/interference.py [--steps N] [--rounds N]
 
 Each way to log runs the same pure-Python steps in a process of its own, in turn, to one local
 server. With two processors the loop (and whatever runs in its process) is pinned to the first, the
@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 WAYS = ("nothing", "process", "thread", "mlflow async")
 METRICS = 100

@@ -1,6 +1,6 @@
 """CPU time of a point, in the process that logs it and in the collector process.
 
-    python benchmarks/cost.py [--points N]
+    python benchmarks/jobs/cost.py [--points N]
 
 The logging process: with process delivery to a local server, from the first call until everything
 is delivered, against bare calls in turn with it (``offline``). The collector process: its CPU time
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 KEYS = [f"metric{number}" for number in range(20)]
 

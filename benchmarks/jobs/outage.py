@@ -1,6 +1,6 @@
 """A long outage: millions of points are logged while the server is down; then it comes up.
 
-    python benchmarks/outage.py [--points 10000000]
+    python benchmarks/jobs/outage.py [--points 10000000]
 
 First into a spool with room for all of them: memory must not grow, and delivery must go on when the
 server is there. Then into a small spool that drops what it has no room for: every point must be
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import mlflow  # noqa: F401  (here, so that its size and its logging are settled before)
 
