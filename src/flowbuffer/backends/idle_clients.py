@@ -7,11 +7,11 @@ are not.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from flowbuffer.backends.mlflow_client import store_of
 from flowbuffer.backends.rest import SingleRequests
+from flowbuffer.forks import in_child
 
 #: Which store: the tracking URI, the seconds that a request may take, and the database's file.
 Which = tuple[str, float, tuple[int, int] | None]
@@ -49,4 +49,4 @@ def _engines_of_the_process(store: Any) -> list[Any]:
     return list(getattr(type(store), "_engine_map", {}).values())
 
 
-os.register_at_fork(after_in_child=_idle.clear)
+in_child("backends.idle_clients", _idle.clear)

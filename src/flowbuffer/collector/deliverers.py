@@ -15,6 +15,7 @@ from flowbuffer.backends.credentials import vouch_for
 from flowbuffer.collector.handover import fingerprint, interpreter
 from flowbuffer.collector.stopgap import Stopgap
 from flowbuffer.collector.thread import CollectorThread
+from flowbuffer.forks import in_child
 from flowbuffer.notices import tell_outage, warn_once
 from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.folders import Spool, has_producer
@@ -173,7 +174,7 @@ def _key(settings: Settings) -> tuple[Path, Settings, str]:
 #: One for all loggers of this process with one spool and the same settings.
 _threads: dict[tuple[Path, Settings, str], CollectorThread] = {}
 
-os.register_at_fork(after_in_child=_threads.clear)
+in_child("collector.deliverers", _threads.clear)
 
 
 def last_error(folder: Path) -> str:

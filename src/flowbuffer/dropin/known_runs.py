@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from flowbuffer.dropin.arguments import (
 from flowbuffer.dropin.calls import METHODS
 from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolError
+from flowbuffer.forks import in_child
 from flowbuffer.logger.active_run import settled_uri
 from flowbuffer.logger.by_run import logger_of
 from flowbuffer.logger.handle import Handle
@@ -414,4 +414,4 @@ def _new_locks() -> None:
         run.forget_lock()
 
 
-os.register_at_fork(after_in_child=_new_locks)
+in_child("dropin.known_runs", _new_locks)

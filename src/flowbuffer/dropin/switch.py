@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -14,6 +13,7 @@ from flowbuffer.dropin.functions import Functions
 from flowbuffer.dropin.methods import Methods
 from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.dropin.reads import Waits, flush_async_logging, request
+from flowbuffer.forks import in_child
 from flowbuffer.logger.by_run import flush_at_end, use_settings
 from flowbuffer.settings.settings import Settings
 
@@ -144,4 +144,4 @@ def _new_lock() -> None:
     _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_new_lock)
+in_child("dropin.switch", _new_lock)

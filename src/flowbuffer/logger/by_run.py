@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.forks import in_child
 from flowbuffer.logger.metric_logger import MetricLogger
 from flowbuffer.logger.others import Others, folders_of_server, folders_under_url, goes_to
 from flowbuffer.settings.settings import Settings
@@ -174,4 +174,4 @@ def _new_lock() -> None:
     _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_new_lock)
+in_child("logger.by_run", _new_lock)

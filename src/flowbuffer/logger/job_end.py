@@ -21,6 +21,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
+from flowbuffer.forks import in_child
 from flowbuffer.logger.patience import Patience
 from flowbuffer.logger.run_status import set_status
 from flowbuffer.notices import tell
@@ -332,4 +333,4 @@ def _forget_after_fork() -> None:
             signal.signal(signal.SIGINT, _handler_before)
 
 
-os.register_at_fork(after_in_child=_forget_after_fork)
+in_child("logger.job_end", _forget_after_fork)

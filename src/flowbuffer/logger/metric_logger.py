@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.collector.deliverers import DeliveryHere, delivery_of, last_error, settings_for
+from flowbuffer.forks import in_child
 from flowbuffer.logger import job_end, open_loggers
 from flowbuffer.logger.active_run import end_run, find_run, run_id_of, settled_uri
 from flowbuffer.logger.recorders import Append, Calls, Lenience, around, then
@@ -395,4 +395,4 @@ def _forget_after_fork() -> None:
         logger._forget_after_fork()
 
 
-os.register_at_fork(after_in_child=_forget_after_fork)
+in_child("logger.metric_logger", _forget_after_fork)

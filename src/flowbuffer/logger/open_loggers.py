@@ -8,13 +8,13 @@ anew with its next call.
 
 from __future__ import annotations
 
-import os
 import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from flowbuffer.collector.descriptors import most_producers
+from flowbuffer.forks import in_child
 from flowbuffer.logger import recorders
 from flowbuffer.spool.writing.producer import Producer
 
@@ -81,4 +81,4 @@ def is_in_call(producer: Producer) -> bool:
     return False
 
 
-os.register_at_fork(after_in_child=_open.clear)
+in_child("logger.open_loggers", _open.clear)

@@ -12,6 +12,7 @@ import weakref
 from pathlib import Path
 
 from flowbuffer.errors import SpoolError
+from flowbuffer.forks import in_child
 
 #: What to do about a folder that cannot be a spool.
 MOVE_IT = "set FLOWBUFFER_SPOOL_DIR (spool_dir) to a folder on a local disk or tmpfs"
@@ -170,7 +171,7 @@ def _close_inherited_locks() -> None:
         lock.leave()
 
 
-os.register_at_fork(after_in_child=_close_inherited_locks)
+in_child("spool.files", _close_inherited_locks)
 
 
 def read_file(path: Path, *, limit: int) -> bytes:
