@@ -90,11 +90,6 @@ def disable() -> None:
     use_settings(None)
 
 
-def is_enabled() -> bool:
-    """Whether MLflow's own calls are buffered."""
-    return Calls.on
-
-
 def _replacements() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     from mlflow.store.tracking.abstract_store import AbstractStore
     from mlflow.tracking import fluent
