@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -26,3 +27,19 @@ def test_the_readme_has_every_command() -> None:
         assert f"| `{name}` |" in text
         for option in command.params:
             assert option.opts[0] in text
+
+
+def test_the_map_of_the_rooms_is_that_of_the_sources() -> None:
+    """docs/design.md names each module in its room, and nothing else."""
+    text = (ROOT / "docs" / "design.md").read_text().split("## The rooms\n")[1]
+    block = text.split("```")[1]
+    found = set()
+    outer = inner = ""
+    for line in block.splitlines():
+        words = line.split()
+        if words and words[0].endswith("/"):
+            outer, inner = (outer, words[0]) if line.startswith(" ") else (words[0], "")
+        found |= {outer + inner + name for name in re.findall(r"\b_*[a-z]\w*\.py\b", line)}
+    sources = Path(flowbuffer.__file__).parent
+    there = {path.relative_to(sources).as_posix() for path in sources.rglob("*.py")}
+    assert found == {name for name in there if not name.endswith("__init__.py")}
