@@ -7,8 +7,8 @@ import random
 import pytest
 
 from flowbuffer.backends.credentials import without_credentials
-from flowbuffer.backends.mlflow_transport import absolute_uri
 from flowbuffer.backends.translation import error_of_status, retry_after_s
+from flowbuffer.backends.uris import absolute_uri
 from flowbuffer.delivery.retry import RetryPolicy
 from flowbuffer.errors import (
     DoubtfulError,

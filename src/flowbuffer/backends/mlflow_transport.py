@@ -6,9 +6,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from flowbuffer.backends import idle_clients
 from flowbuffer.backends.base import Accepted, Done, Request
@@ -16,6 +14,7 @@ from flowbuffer.backends.mlflow_client import delivery_client, store_of
 from flowbuffer.backends.shipped import shipped
 from flowbuffer.backends.stored_nans import StoredNans
 from flowbuffer.backends.translation import translated
+from flowbuffer.backends.uris import is_file, sqlite_path
 from flowbuffer.clock import Clock
 from flowbuffer.errors import (
     DoubtfulError,
@@ -42,7 +41,7 @@ class MlflowTransport:
     _operations: tuple[type, ...] = ()
 
     def __init__(self, tracking_uri: str, settings: Settings, clock: Clock) -> None:
-        self.max_in_flight = settings.max_in_flight or (1 if _is_file(tracking_uri) else 4)
+        self.max_in_flight = settings.max_in_flight or (1 if is_file(tracking_uri) else 4)
         self._uri = tracking_uri
         self._settings = settings
         self._clock = clock
@@ -198,9 +197,8 @@ class MlflowTransport:
         Raises:
             RunGoneError: There is none. MLflow would make a new, empty one.
         """
-        scheme, _, path = self._uri.partition(":///")
-        path = path.partition("?")[0]
-        if scheme.split("+")[0] != "sqlite" or not path or ":memory:" in path:
+        path = sqlite_path(self._uri)
+        if path is None:
             return None
         try:
             found = os.stat(path)
@@ -216,22 +214,3 @@ def _metric(kind: Any, stored_key: str, *point: Any) -> Any:
         return kind(key, *point)
     fields = {name: text or None for name, text in about._asdict().items()}
     return kind(key, *point, **fields)
-
-
-def absolute_uri(tracking_uri: str) -> str:
-    """A tracking URI that means the same from every working directory."""
-    scheme, separator, rest = tracking_uri.partition(":///")
-    if scheme.split("+")[0] == "sqlite":
-        if not separator or rest.startswith(("/", ":memory:", "file:")):
-            return tracking_uri
-        path, mark, query = rest.partition("?")
-        return f"{scheme}:///{os.path.abspath(path)}{mark}{query}"
-    if tracking_uri.startswith("file:") and not tracking_uri.startswith("file:/"):
-        return Path(unquote(tracking_uri[5:])).absolute().as_uri()
-    if "://" not in tracking_uri and not tracking_uri.startswith(("file:", "databricks", "uc")):
-        return Path(tracking_uri).absolute().as_uri()
-    return tracking_uri
-
-
-def _is_file(tracking_uri: str) -> bool:
-    return tracking_uri.startswith(("sqlite", "file:")) or "://" not in tracking_uri

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flowbuffer.backends.base import Transport
 from flowbuffer.backends.credentials import without_credentials
-from flowbuffer.backends.mlflow_transport import absolute_uri
+from flowbuffer.backends.uris import absolute_uri
 from flowbuffer.clock import Clock, Event
 from flowbuffer.collector.background import Wake
 from flowbuffer.collector.destinations import (

@@ -17,7 +17,7 @@ from urllib.error import HTTPError
 
 from flowbuffer.backends.credentials import vouch_for, without_credentials
 from flowbuffer.backends.mlflow_client import warm_up
-from flowbuffer.backends.mlflow_transport import absolute_uri
+from flowbuffer.backends.uris import absolute_uri
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.commands.servers import Server
 from flowbuffer.commands.settings import settings_said, unknown_variables, valid_settings

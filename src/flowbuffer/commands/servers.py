@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from flowbuffer.backends.credentials import without_credentials
 from flowbuffer.backends.mlflow_client import delivery_client, store_of
-from flowbuffer.backends.mlflow_transport import absolute_uri
 from flowbuffer.backends.translation import translated
+from flowbuffer.backends.uris import absolute_uri
 from flowbuffer.errors import TransportError
 
 T = TypeVar("T")

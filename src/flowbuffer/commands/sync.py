@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flowbuffer.backends.credentials import vouch_for, without_credentials
-from flowbuffer.backends.mlflow_transport import absolute_uri
+from flowbuffer.backends.uris import absolute_uri
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.collector.collector import Collector
 from flowbuffer.collector.destinations import Destination

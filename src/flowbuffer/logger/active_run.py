@@ -10,7 +10,7 @@ from typing import Any
 from flowbuffer.backends.credentials import without_credentials
 from flowbuffer.backends.experiments import find_or_create
 from flowbuffer.backends.mlflow_client import delivery_client
-from flowbuffer.backends.mlflow_transport import absolute_uri
+from flowbuffer.backends.uris import absolute_uri
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import FlowbufferError, InvalidArgument, RetriableError, described
 from flowbuffer.settings.environment import (

@@ -272,7 +272,7 @@ class MetricLogger(Reopening):
 
     def _this_producer(self, environment: str) -> Any:
         from flowbuffer.backends.credentials import without_credentials
-        from flowbuffer.backends.mlflow_transport import absolute_uri
+        from flowbuffer.backends.uris import absolute_uri
         from flowbuffer.spool.producer_info import OFFLINE, this_producer
 
         settings = self._settings
