@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from support.waiting import wait_until
@@ -23,7 +24,8 @@ class MemoryLimit:
 
     def set(self, size: int) -> None:
         """The most bytes that all of its processes take."""
-        (self._folder / "memory.limit_in_bytes").write_text(str(size))
+        limit = self._folder / "memory.limit_in_bytes"
+        _until_free(lambda: limit.write_text(str(size)))
 
     def enter(self) -> None:
         """This process, and those that it starts, are under the limit."""
@@ -34,14 +36,19 @@ class MemoryLimit:
 
     def remove(self) -> None:
         """Its processes have ended, or are about to."""
+        _until_free(self._folder.rmdir)
 
-        def removed() -> bool:
-            try:
-                self._folder.rmdir()
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                return False
-            return True
 
-        wait_until(removed)
+def _until_free(change: Callable[[], object]) -> None:
+    """Make a change that the kernel refuses while it is busy with the processes."""
+
+    def made() -> bool:
+        try:
+            change()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
+
+    wait_until(made)
