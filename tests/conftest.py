@@ -1,6 +1,7 @@
 """Fixtures: an environment of its own for each test, and real backends."""
 
 import os
+import signal
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from support.jobs import Job, StartJob, Store
 pytest_plugins = ["support.marking"]
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when a fixture or a test imports MLflow
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what is in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else no job could be interrupted
 os.umask(0o077)  # what a test writes into a spool is private, as it has to be
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # machines may be busy
