@@ -8,7 +8,6 @@ import pytest
 
 from flowbuffer.backends.credentials import without_credentials
 from flowbuffer.backends.translation import error_of_status, retry_after_s
-from flowbuffer.backends.uris import absolute_uri
 from flowbuffer.delivery.retry import RetryPolicy
 from flowbuffer.errors import (
     DoubtfulError,
@@ -96,16 +95,6 @@ def test_no_credential_is_in_a_stored_uri() -> None:
     assert without_credentials("https://h/x?api_token=t") == "https://h/x"
     assert without_credentials("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
     assert without_credentials("file:///a@b/mlruns") == "file:///a@b/mlruns"
-
-
-def test_a_stored_uri_means_the_same_elsewhere(tmp_path, monkeypatch) -> None:
-    """A later process, in another folder, delivers to the same store."""
-    monkeypatch.chdir(tmp_path)
-    assert absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
-    assert absolute_uri("sqlite:////there/mlflow.db") == "sqlite:////there/mlflow.db"
-    assert absolute_uri("mlruns") == (tmp_path / "mlruns").as_uri()
-    assert absolute_uri("databricks://profile") == "databricks://profile"
-    assert absolute_uri("http://host:5000") == "http://host:5000"
 
 
 def test_the_seed_of_the_training_code_is_left_alone() -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 from urllib.parse import unquote, urlsplit
 
+from flowbuffer.backends.uris import scheme_of
 from flowbuffer.errors import UnauthorisedError
 from flowbuffer.settings.environment import (
     environment_secrets,
@@ -113,7 +114,7 @@ def check_may_ask(tracking_uri: str) -> None:
     Raises:
         UnauthorisedError: It would take them to a server that nobody named here.
     """
-    scheme = _scheme_of(tracking_uri)
+    scheme = scheme_of(tracking_uri)
     if scheme in _DEFAULT_PORTS or belongs(tracking_uri):
         return  # ours, and its requests go without credentials where they do not belong
     there = _DATABASE_PASSWORDS if _DATABASE.match(tracking_uri) else _OF_MLFLOW
@@ -122,13 +123,9 @@ def check_may_ask(tracking_uri: str) -> None:
     raise UnauthorisedError(hint(tracking_uri))
 
 
-def _scheme_of(uri: str) -> str:
-    return uri.partition(":")[0].split("+")[0].lower() if ":" in uri else ""
-
-
 def _server_of(uri: str) -> _Server | None:
     """Scheme, host and port; None if there is no server that somebody else could name."""
-    scheme = _scheme_of(uri)
+    scheme = scheme_of(uri)
     if scheme in _OF_THIS_USER:
         return None
     if _DATABASE.match(uri):

@@ -15,6 +15,7 @@ from flowbuffer.backends.credentials import check_may_ask, hide
 from flowbuffer.backends.rest import SingleRequests
 from flowbuffer.backends.shipped import shipped
 from flowbuffer.backends.translation import translated
+from flowbuffer.backends.uris import is_azureml, scheme_of
 from flowbuffer.errors import RetriableError
 from flowbuffer.forks import whole
 from flowbuffer.settings.environment import handed_on_uri
@@ -51,9 +52,9 @@ def warm_up(uri: str) -> None:
     from mlflow.store.db.db_types import DATABASE_ENGINES
 
     import_module("mlflow.store.tracking.rest_store")
-    if uri.startswith("azureml:"):
+    if is_azureml(uri):
         import_module("azureml.mlflow._internal.utils")
-    if uri.split("+")[0].split(":")[0] in DATABASE_ENGINES:
+    if scheme_of(uri) in DATABASE_ENGINES:
         import_module("mlflow.store.tracking.sqlalchemy_store")
 
 
@@ -77,7 +78,7 @@ def _made(uri: str, timeout_s: float) -> Any:
     from mlflow.store.tracking.rest_store import RestStore
     from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
-    if uri.startswith("azureml:") and handed_on_uri() is not None:
+    if is_azureml(uri) and handed_on_uri() is not None:
         never_prompt()  # a collector process: there is nobody to answer
     store = _tracking_store_registry.get_store_builder(uri)(store_uri=uri, artifact_uri=None)
     if hasattr(store, "_async_logging_queue"):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from flowbuffer.backends.base import Transport
 from flowbuffer.backends.mlflow_transport import MlflowTransport
+from flowbuffer.backends.uris import is_azureml
 from flowbuffer.clock import Clock
 from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.producer_info import OFFLINE, ProducerInfo
@@ -27,7 +28,7 @@ Destinations = Callable[[ProducerInfo], Destination | None]
 
 def transport_to(tracking_uri: str, settings: Settings, clock: Clock) -> Transport:
     """The transport for a tracking URI."""
-    if tracking_uri.startswith("azureml:"):
+    if is_azureml(tracking_uri):
         from flowbuffer.backends.azureml_transport import AzureMLTransport
 
         return AzureMLTransport(tracking_uri, settings, clock)

@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from flowbuffer.backends.uris import is_azureml
 from flowbuffer.errors import SpoolError
 from flowbuffer.settings.environment import environment_of_delivery, handed_on, inherited
 from flowbuffer.settings.settings import Settings
@@ -58,7 +59,7 @@ def collector_environment(
         environment.pop(name, None)
         if text is not None and name != variable_of("enabled"):  # no calls are buffered there
             environment[name] = text
-    if tracking_uri.startswith("azureml:"):
+    if is_azureml(tracking_uri):
         # What its plugin must find to act as the job.
         run_id, token = job or (environment.get("AZUREML_RUN_ID"), None)
         named = {"MLFLOW_RUN_ID": run_id, "MLFLOW_TRACKING_TOKEN": token}

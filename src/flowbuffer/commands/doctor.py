@@ -17,7 +17,7 @@ from urllib.error import HTTPError
 
 from flowbuffer.backends.credentials import vouch_for, without_credentials
 from flowbuffer.backends.mlflow_client import warm_up
-from flowbuffer.backends.uris import absolute_uri
+from flowbuffer.backends.uris import absolute_uri, is_http, path_of
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.commands.servers import Server
 from flowbuffer.commands.settings import settings_said, unknown_variables, valid_settings
@@ -196,17 +196,14 @@ def _server(tracking_uri: str | None) -> Iterator[Check]:
         yield Check(name="server", result="ok", detail=f"{name} will be made at {missing}")
         return
     yield _answers(Server(uri, _ANSWER_S / 2), uri)
-    if uri.startswith(("http://", "https://")):
+    if is_http(uri):
         yield from _clock(name)
 
 
 def _missing_file(uri: str) -> Path | None:
     """Where a store of files would be made: looking at it would make it."""
-    scheme, _, rest = uri.partition("://")
-    if scheme.split("+")[0] not in ("sqlite", "file"):
-        return None
-    path = Path(rest.partition("?")[0].removeprefix("/" if scheme.startswith("sqlite") else ""))
-    return None if path.exists() else path
+    path = path_of(uri)
+    return None if path is None or path.exists() else path
 
 
 def _answers(server: Server, uri: str) -> Check:

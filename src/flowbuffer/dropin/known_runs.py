@@ -10,6 +10,7 @@ from typing import Any
 from flowbuffer.backends.credentials import vouch_for, without_credentials
 from flowbuffer.backends.mlflow_client import delivery_client
 from flowbuffer.backends.translation import may_pass
+from flowbuffer.backends.uris import is_file_store, is_one_place
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.dropin.arguments import (
     NotBuffered,
@@ -274,7 +275,7 @@ def buffered_run(tracking_client: Any, run_id: Any) -> BufferedRun:
     known = known_run(uri, run_id)
     if known is not None:
         return known
-    if _has_workspace() or not _is_one_place(uri):
+    if _has_workspace() or not is_one_place(uri):
         raise NotBuffered
     store = tracking_client.store
     params, has_models = _look(tracking_client, uri, run_id)
@@ -380,22 +381,13 @@ def _look(tracking_client: Any, uri: str, run_id: str) -> tuple[Mapping[str, str
     try:
         run = _new_run(run_id) or _ask(tracking_client, run_id)
     except Exception as error:
-        if may_pass(error, tracking_client.store) and not uri.startswith("file:"):
+        if may_pass(error, tracking_client.store) and not is_file_store(uri):
             return {}, False  # whoever delivers will find out
         raise NotBuffered from error
     if not isinstance(run, Run) or run.info.lifecycle_stage != "active":
         raise NotBuffered
     params = {} if run.data is None else run.data.params
     return params, bool(run.outputs and run.outputs.model_outputs)
-
-
-def _is_one_place(uri: str) -> bool:
-    """Whether a URI leads every process to the same store: none in memory, and none whose path only
-    MLflow or SQLite resolves, when it opens it."""
-    scheme, _, path = uri.partition(":///")
-    if scheme.startswith("sqlite"):
-        return bool(path) and not path.startswith("file:") and ":memory:" not in path
-    return uri != ""
 
 
 def _has_workspace() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from flowbuffer.backends.credentials import without_credentials
 from flowbuffer.backends.experiments import find_or_create
 from flowbuffer.backends.mlflow_client import delivery_client
-from flowbuffer.backends.uris import absolute_uri
+from flowbuffer.backends.uris import absolute_uri, is_http, with_path
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import FlowbufferError, InvalidArgument, RetriableError, described
 from flowbuffer.settings.environment import (
@@ -66,9 +66,7 @@ def settled_uri(tracking_uri: str) -> str:
     elif engine is not None:
         with engine.connect() as connection:
             file = connection.exec_driver_sql("PRAGMA database_list").first()[2]
-        scheme, _, rest = tracking_uri.partition(":///")
-        _, mark, query = rest.partition("?")
-        settled = f"{scheme}:///{file}{mark}{query}"
+        settled = with_path(tracking_uri, file)
         _settled[tracking_uri] = engine, settled
     return settled
 
@@ -91,7 +89,7 @@ def check_server(tracking_uri: str) -> None:
     Raises:
         FlowbufferError: It did not answer in time.
     """
-    if not tracking_uri.startswith(("http://", "https://")):
+    if not is_http(tracking_uri):
         return
     client = delivery_client(tracking_uri, _ANSWER_S / 2)
     deadline_s = SYSTEM_CLOCK.monotonic_s() + _ANSWER_S
