@@ -6,6 +6,8 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
+
 import flowbuffer
 from flowbuffer.commands import cli
 
@@ -43,3 +45,15 @@ def test_the_map_of_the_rooms_is_that_of_the_sources() -> None:
     sources = Path(flowbuffer.__file__).parent
     there = {path.relative_to(sources).as_posix() for path in sources.rglob("*.py")}
     assert found == {name for name in there if not name.endswith("__init__.py")}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+def test_the_files_that_a_page_names_are_there(page: str) -> None:
+    """Where to look, and where to change what, is a file that is there."""
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`((?:[\w.]+/)*\w+\.py|(?:scripts|benchmarks|examples|docs)/[\w./]+)", text)
+    named += re.findall(r"\]\(([\w./]+)", text)
+    places = (ROOT, Path(flowbuffer.__file__).parent, (ROOT / page).parent)
+    missing = [name for name in named if not any((place / name).exists() for place in places)]
+    assert named
+    assert missing == []

@@ -72,8 +72,8 @@ def _warn_of_misspelt() -> None:
             said_of_settings(kinds_of_settings(), {name: text})  # warns of what is no setting
 
 
-#: What says yes and what says no, as in every setting (``setting_values.BOOLEANS``): that module is
-#: not imported where nothing is switched on.
+#: What says yes and what says no, as in every setting (``settings.values.BOOLEANS``): nothing of
+#: that is imported where nothing is switched on.
 YES = ("1", "true", "yes", "on")
 NO = ("0", "false", "no", "off")
 
