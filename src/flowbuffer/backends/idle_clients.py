@@ -46,7 +46,8 @@ def keep(which: Which, client: Any) -> None:
 def _engines_of_the_process(store: Any) -> list[Any]:
     """Those that MLflow shares between all stores of one URI: their connections are the program's,
     too, and stay as they do without us."""
-    return list(getattr(type(store), "_engine_map", {}).values())
+    names = ("_engine_map", "_db_uri_sql_alchemy_engine_map")  # the second of older versions
+    return [one for name in names for one in getattr(type(store), name, {}).values()]
 
 
 in_child("backends.idle_clients", _idle.clear)

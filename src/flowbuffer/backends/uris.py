@@ -28,7 +28,7 @@ def is_http(tracking_uri: str) -> bool:
 
 def is_file(tracking_uri: str) -> bool:
     """Whether the store is a file or a folder on this machine, which one writes at a time."""
-    return tracking_uri.startswith(("sqlite", "file:")) or "://" not in tracking_uri
+    return tracking_uri.startswith(("sqlite", "file:")) or _is_path(tracking_uri)
 
 
 def is_file_store(tracking_uri: str) -> bool:
@@ -54,7 +54,7 @@ def absolute_uri(tracking_uri: str) -> str:
         return with_path(tracking_uri, os.path.abspath(path))
     if tracking_uri.startswith("file:") and not tracking_uri.startswith("file:/"):
         return Path(unquote(tracking_uri[5:])).absolute().as_uri()
-    if "://" not in tracking_uri and not tracking_uri.startswith(("file:", "databricks", "uc")):
+    if _is_path(tracking_uri):
         return Path(tracking_uri).absolute().as_uri()
     return tracking_uri
 
@@ -84,3 +84,8 @@ def _after_slashes(tracking_uri: str) -> str | None:
     """What a SQLite URI has in the place of the path; None for everything else."""
     scheme, _, rest = tracking_uri.partition(":///")
     return rest.partition("?")[0] if scheme.split("+")[0] == "sqlite" else None
+
+
+def _is_path(tracking_uri: str) -> bool:
+    """Whether it is a path alone; MLflow has names without slashes for Databricks."""
+    return "://" not in tracking_uri and not tracking_uri.startswith(("file:", "databricks", "uc"))

@@ -143,7 +143,9 @@ PRIVATE_NAMES: Final = {
         "backends/idle_clients.py logger/active_run.py", "engines that stores share", since="3.15.0"
     ),
     f"{_SQL_STORE}._db_uri_sql_alchemy_engine_map": Use(
-        "logger/active_run.py", "the same under its old name", until="3.1.0"
+        "backends/idle_clients.py logger/active_run.py",
+        "the same under its old name",
+        until="3.1.0",
     ),
     "mlflow.store.db.db_types:DATABASE_ENGINES": Use(
         "backends/mlflow_client.py", "which schemes are databases"
