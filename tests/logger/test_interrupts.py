@@ -181,7 +181,7 @@ def test_ctrl_c_in_the_program_is_its_status(
         mlflow.start_run()
         mlflow.log_metric("loss", 1.0)
         say("logged")
-        time.sleep(60)
+        hear()
         """,
         FLOWBUFFER_ENABLED=enabled,
     )

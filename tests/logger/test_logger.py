@@ -24,8 +24,9 @@ from flowbuffer import (
     SpoolError,
 )
 from flowbuffer.spool import folders
+from flowbuffer.spool.files import FileLock
 from support.backends import history, make_run
-from support.waiting import PATIENCE_S
+from support.waiting import PATIENCE_S, wait_until
 
 
 @pytest.fixture
@@ -263,3 +264,27 @@ def test_the_fluent_functions(sqlite_uri: str) -> None:
         assert values(sqlite_uri, run.info.run_id, "k") == [value, -value]
     flowbuffer.log_metric("k", 3.0).wait(PATIENCE_S)
     assert mlflow.active_run() is not None
+
+
+@pytest.mark.parametrize("delivery", ["inline", "thread"])
+@pytest.mark.parametrize("where", ["Spooling", "job_end.watch"])
+def test_an_opening_that_is_interrupted_holds_nothing(
+    sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, delivery: str, where: str
+) -> None:
+    """Ctrl-C while a logger is made leaves its folder to others: this process holds no lock of it,
+    and the next logger works."""
+    run_id = make_run(sqlite_uri)
+    settings = Settings.from_env(delivery=delivery)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"flowbuffer.logger.metric_logger.{where}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            MetricLogger(run_id, tracking_uri=sqlite_uri, settings=settings)
+    locks = list(settings.resolved_spool_dir().glob("**/*.lock"))
+    wait_until(lambda: not any(lock.exists() and FileLock.is_held(lock) for lock in locks))
+    with MetricLogger(run_id, tracking_uri=sqlite_uri, settings=settings) as logger:
+        logger.log_metric("loss", 1.0)
+    assert [metric.value for metric in history(sqlite_uri, run_id, "loss")] == [1.0]

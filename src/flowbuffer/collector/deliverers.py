@@ -50,6 +50,9 @@ class Delivery(Protocol):
     def end(self) -> None:
         """The producer is closed, and nobody waits any more."""
 
+    def abandon(self) -> None:
+        """The making of the logger was interrupted: nobody has it, or could end it."""
+
     def is_interrupted(self) -> bool:
         """Whether delivery goes on only when who asks has returned: it is a signal handler."""
 
@@ -75,6 +78,8 @@ class NoDelivery:
     def push(self, *, again: bool = False) -> None: ...
 
     def end(self) -> None: ...
+
+    def abandon(self) -> None: ...
 
     def is_interrupted(self) -> bool:
         return False
@@ -115,6 +120,10 @@ class DeliveryHere:
     def end(self) -> None:
         if os.getpid() == self._pid and self._folder is not None:
             self._thread.leave(self._folder)
+
+    def abandon(self) -> None:
+        if self._folder is not None:
+            self._thread.abandon(self._folder)
 
     def tend(self) -> None:
         """Called every now and then, in the thread."""

@@ -77,6 +77,11 @@ class CollectorThread:
         self._ask(lambda: self._leave(folder))
         self._wait_until(lambda: self._asked.empty() and not self._in_round)
 
+    def abandon(self, folder: Path) -> None:
+        """Nobody ever logged to a folder that was joined, and nobody waits for it: it is left to
+        others at once."""
+        self._ask(lambda: self._abandon(folder))
+
     def hurry(self, folder: Path, *, again: bool = False) -> None:
         """Somebody waits for points in a folder; said again and again until they are delivered.
 
@@ -184,6 +189,12 @@ class CollectorThread:
     def _leave(self, folder: Path) -> None:
         self._users.pop(folder, None)
         self._hurried_s.pop(folder, None)
+
+    def _abandon(self, folder: Path) -> None:
+        self._leave(folder)
+        for stream in self.streams:
+            if stream.claim.path == folder:
+                self._collector.hand_on(stream)
 
     def _hurry(self, folder: Path) -> None:
         if folder in self._users:

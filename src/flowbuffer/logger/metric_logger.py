@@ -98,6 +98,8 @@ class MetricLogger(Reopening):
         except BaseException:  # the caller has no logger, and can close none
             self._ended = True
             job_end.unwatch(self)
+            if self._spooling is not None:
+                self._spooling.delivery.abandon()
             raise
 
     @property
@@ -263,8 +265,13 @@ class MetricLogger(Reopening):
             )
             if left is not None:
                 producer.go_on_from(left.producer)
-            delivery.begin(directory.path)
-            self._use(Spooling(producer, delivery, shows_progress=self.shows_progress))
+            try:
+                delivery.begin(directory.path)
+                self._use(Spooling(producer, delivery, shows_progress=self.shows_progress))
+            except BaseException:
+                if self._spooling is before:  # else the logger has it, and it is in use
+                    delivery.abandon()
+                raise
             if before is not None and before.producer.is_gone:
                 before.leave()
         self._is_open = True
