@@ -290,6 +290,39 @@ def test_a_dead_server_holds_up_no_exit(start_job: StartJob, tmp_path: Path, end
     assert f"flowbuffer sync --spool {tmp_path / 'spool'}" in lines[0]
 
 
+#: The thread of a process that looks after delivery, by the setting.
+DELIVERS = {"thread": "flowbuffer-collector", "process": "flowbuffer-watch"}
+
+
+@pytest.mark.parametrize("delivery", DELIVERS)
+def test_no_thread_works_at_the_very_end(start_job: StartJob, delivery: str) -> None:
+    """With points left, the thread that delivers has stopped before the interpreter ends: CPython
+    before 3.14 aborts if it ends a thread that is in C++, as parts of NumPy are. Who logs even
+    later is told what becomes of it all the same."""
+    job = start_job(
+        f"""
+        from flowbuffer.logger import job_end
+
+        at_the_very_end = job_end.at_the_very_end
+
+        def and_say_who_works():
+            say("{DELIVERS[delivery]}" in [thread.name for thread in threading.enumerate()])
+            at_the_very_end()
+            say("{DELIVERS[delivery]}" in [thread.name for thread in threading.enumerate()])
+            MetricLogger(RUN, shutdown_timeout_s=0).log_metric("late", 1.0)
+
+        job_end.at_the_very_end = and_say_who_works
+        MetricLogger(RUN).log_metric("loss", 1.0)
+        """,
+        uri=f"http://127.0.0.1:{free_port()}",
+        FLOWBUFFER_SHUTDOWN_TIMEOUT_S="0.2",
+        FLOWBUFFER_DELIVERY=delivery,
+    )
+    ended = job.end()
+    assert ended.out == "True\nFalse\n", ended.err
+    assert ended.err.count("1 point of run") == 2, ended.err
+
+
 def test_many_loggers_share_the_time_at_the_end(start_job: StartJob) -> None:
     """With the server gone, several loggers together take no longer than one."""
     job = start_job(

@@ -49,6 +49,9 @@ class Background:
         work: Called in the thread; returns when nothing is left to do.
         has_work: Whether something was asked for meanwhile: it is looked at after ``work`` said
             that nothing is left, so that who asked while it ended is not forgotten.
+
+    Attributes:
+        is_over: Set it, and ``work`` returns as soon as it looks; no thread is started any more.
     """
 
     def __init__(self, name: str, work: Callable[[], None], has_work: Callable[[], bool]) -> None:
@@ -58,6 +61,7 @@ class Background:
         # Of whoever works. Who asks only looks at it, and never waits for it.
         self._turn = threading.Lock()
         self._standing_in = 0  # the thread that does, in another one's place
+        self.is_over = False  # no thread is to work any more
 
     @property
     def at_work(self) -> bool:
@@ -65,7 +69,9 @@ class Background:
         return self._turn.locked()
 
     def begin(self) -> bool:
-        """See to it that a thread works; False if none can be started, at the interpreter's end."""
+        """See to it that a thread works; False if none can, at the interpreter's end."""
+        if self.is_over:
+            return False
         if not self.at_work:
             try:
                 threading.Thread(target=self._run, name=self._name, daemon=True).start()
@@ -97,5 +103,5 @@ class Background:
                 self._work()
             finally:
                 self._turn.release()
-            if not self._has_work():
+            if self.is_over or not self._has_work():
                 return

@@ -186,6 +186,12 @@ _threads: dict[tuple[Path, Settings, str], CollectorThread] = {}
 in_child("collector.deliverers", _threads.clear)
 
 
+def stop_threads() -> None:
+    """The interpreter ends: no thread delivers any more, and whoever still logs does it."""
+    for thread in list(_threads.values()):
+        thread.stop()
+
+
 def last_error(folder: Path) -> str:
     """What keeps a producer's points from delivery, and what to do; empty if nothing does."""
     note = delivery_note(folder)

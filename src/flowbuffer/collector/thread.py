@@ -100,6 +100,14 @@ class CollectorThread:
         self._hurried_s[folder] = now_s
         self._ask(lambda: self._hurry(folder))
 
+    def stop(self) -> None:
+        """No thread works any more; who asks does the work. Waits, but not for long, until it has
+        stopped: CPython before 3.14 ends a thread that runs when the interpreter does, and aborts
+        the process if that is in C++, as parts of NumPy are."""
+        self._background.is_over = True
+        self._wake.set()
+        self._wait_until(lambda: not self._background.at_work)
+
     @property
     def is_interrupted(self) -> bool:
         """Whether who asks has interrupted the round itself; waiting is in vain then."""
@@ -122,7 +130,7 @@ class CollectorThread:
     # In the thread, or where there can be none in whoever asks.
 
     def _work(self) -> None:
-        while True:
+        while not self._background.is_over:
             next_s = self._round()
             if self._asked.empty() and self._is_done():
                 self._close()

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
+from flowbuffer.collector.deliverers import stop_threads
 from flowbuffer.forks import in_child
 from flowbuffer.logger.patience import Patience
 from flowbuffer.logger.run_status import set_status
@@ -218,6 +219,11 @@ def at_the_very_end() -> None:
     global _is_over
     _is_over = True
     _at_exit()
+    try:
+        stop_threads()
+    except KeyboardInterrupt as error:
+        patience.interrupt(error)
+        _keep_exit_status()
 
 
 def _status() -> str:
