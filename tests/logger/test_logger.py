@@ -267,7 +267,7 @@ def test_the_fluent_functions(sqlite_uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "delivery, where",
+    ("delivery", "where"),
     [
         ("thread", "logger.metric_logger.Spooling"),
         ("inline", "logger.metric_logger.Spooling"),
