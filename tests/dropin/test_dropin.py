@@ -31,6 +31,8 @@ from flowbuffer.backends.mlflow_client import delivery_client
 from flowbuffer.backends.mlflow_transport import MlflowTransport
 from flowbuffer.commands import cli
 from flowbuffer.dropin import known_runs
+from flowbuffer.dropin.arguments import NotBuffered
+from flowbuffer.dropin.buffered_run import BufferedRun
 from flowbuffer.logger import by_run
 from support.backends import MlflowServer, copy_sqlite, make_run
 from support.jobs import StartJob, Store
@@ -1515,13 +1517,13 @@ def test_a_spawned_child(start_job: StartJob, store: Store) -> None:
     ids=["metric", "metrics", "params", "tags", "batch"],
 )
 def test_a_run_that_another_thread_ends_meanwhile(
-    run_id: str, sqlite_uri: str, log: Callable[[known_runs.BufferedRun], object]
+    run_id: str, sqlite_uri: str, log: Callable[[BufferedRun], object]
 ) -> None:
     """Between the look at the run and the store its logger may be closed, by a run that ends in
     another thread: MLflow takes the call then, and nothing is raised in it."""
     logger = flowbuffer.MetricLogger(run_id, tracking_uri=sqlite_uri)
     store = MlflowClient(sqlite_uri)._tracking_client.store
-    run = known_runs.BufferedRun(logger, store, {}, has_models=False)
+    run = BufferedRun(logger, store, {}, has_models=False)
     logger.close()
-    with pytest.raises(known_runs.NotBuffered):
+    with pytest.raises(NotBuffered):
         log(run)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowbuffer.dropin.arguments import NotBuffered
+from flowbuffer.dropin.buffered_run import BufferedRun
 from flowbuffer.dropin.calls import Calls, Original
-from flowbuffer.dropin.known_runs import BufferedRun, known_run
+from flowbuffer.dropin.known_runs import known_run
 from flowbuffer.dropin.synchronous import ABSENT, OwnTime, answer, mode_of
 from flowbuffer.logger.active_run import current_uri
 from flowbuffer.logger.handle import Handle
