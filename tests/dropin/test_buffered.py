@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 import flowbuffer
+from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.logger import by_run
 from support.backends import make_run
 from support.stored import rows, stored
@@ -20,7 +21,7 @@ from support.switch import HELD, elsewhere, values
 
 
 def now_ms() -> int:
-    return flowbuffer.clock.SYSTEM_CLOCK.now_ns() // 1_000_000  # type: ignore[attr-defined]
+    return SYSTEM_CLOCK.now_ns() // 1_000_000
 
 
 #: MLflow stores equal points once; flowbuffer moves the second one, because none may vanish.

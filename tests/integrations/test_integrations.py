@@ -32,6 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+#: Why a test is skipped.
+NOT_HERE = "it comes with the dependency group 'integrations'"
 NOWHERE = "http://127.0.0.1:1"
 LIGHTNING = "lightning.pytorch.loggers.logger"
 PYTORCH_LIGHTNING = "pytorch_lightning.loggers.logger"
@@ -168,7 +170,7 @@ class Framework:
 
 @pytest.fixture
 def lightning() -> Framework:
-    pl = pytest.importorskip("lightning.pytorch")
+    pl = pytest.importorskip("lightning.pytorch", reason=NOT_HERE)
     return Framework(pl, importlib.import_module("flowbuffer.integrations.lightning"))
 
 
@@ -218,7 +220,7 @@ def test_a_lightning_training_that_raises(lightning: Framework, uri: str) -> Non
 
 def test_pytorch_lightning_alone(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only pytorch_lightning is installed, it is that one's logger."""
-    pl = pytest.importorskip("pytorch_lightning")
+    pl = pytest.importorskip("pytorch_lightning", reason=NOT_HERE)
     monkeypatch.setitem(sys.modules, LIGHTNING, None)
     monkeypatch.delitem(sys.modules, "flowbuffer.integrations.lightning", raising=False)
     framework = Framework(pl, importlib.import_module("flowbuffer.integrations.lightning"))
@@ -272,7 +274,7 @@ if __name__ == "__main__":
 def test_two_lightning_processes(uri: str, tmp_path: Path) -> None:
     """Of two ddp processes, rank 0 alone logs: one run, with its losses in order and, where
     Lightning reduces, the means."""
-    pytest.importorskip("lightning.pytorch")
+    pytest.importorskip("lightning.pytorch", reason=NOT_HERE)
     script = tmp_path / "train.py"
     script.write_text(DDP)
     run_to_end([sys.executable, str(script), "ddp"], uri)
@@ -444,8 +446,8 @@ class Transformers:
 
 @pytest.fixture
 def transformers() -> Transformers:
-    library = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    library = pytest.importorskip("transformers", reason=NOT_HERE)
+    pytest.importorskip("accelerate", reason=NOT_HERE)
     name = "flowbuffer.integrations.transformers"
     return Transformers(library, importlib.import_module(name).FlowbufferCallback)
 
@@ -568,7 +570,7 @@ def test_transformers_offline(
 
 def test_the_pytorch_example(uri: str) -> None:
     """It runs, finds every loss in MLflow, and what the data loader's workers logged."""
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason=NOT_HERE)
     out = run_to_end([sys.executable, str(EXAMPLES / "pytorch.py"), "--steps", "200"], uri)
     assert "MLflow has every loss, in order" in out
     (run_id,) = run_ids(uri)

@@ -76,7 +76,7 @@ def assert_whole(store: Store, points: dict[int, int]) -> None:
 def test_torchrun_with_data_loaders(store: Store, sqlite_uri: str, tmp_path: Path) -> None:
     """Four ranks that train together, each with a data loader's worker, log to one run: all of
     their points arrive, in order for each, and each knows its rank."""
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="scripts/distributed has it")
     run_id = make_run(sqlite_uri)
     code = """
     import torch, torch.distributed
@@ -117,7 +117,7 @@ def test_torchrun_with_data_loaders(store: Store, sqlite_uri: str, tmp_path: Pat
 def test_mpi(store: Store, sqlite_uri: str, tmp_path: Path) -> None:
     """Three processes of an MPI job log to the run that the first of them started, and each knows
     its rank."""
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="scripts/distributed has it")
     mpiexec = Path(sys.executable).with_name("mpiexec")
     if not mpiexec.exists():
         pytest.skip("there is no mpiexec beside this Python")
