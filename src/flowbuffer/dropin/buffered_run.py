@@ -56,8 +56,8 @@ class BufferedRun:
         self._keys: set[str] = set()
 
     def reaches_store(self, method: str) -> bool:
-        """Whether nobody has put something else in the place of a method of the store, which is to
-        see each call then."""
+        """Whether a method of the store is the one that MLflow shipped. What somebody else has put
+        in its place is to see each call: calls are MLflow's own then."""
         function = self._functions.get(method)
         return function is not None and _function(self._store, method) is function
 
@@ -129,7 +129,10 @@ class BufferedRun:
 
     @looks
     def remember_params(self, params: Any) -> None:
-        """MLflow itself has stored these ``Param`` objects.
+        """Know what MLflow itself has stored, so that another value is refused at the call.
+
+        Args:
+            params: ``Param`` objects.
 
         Raises:
             NotBuffered: They are of a kind that nobody knows what was stored.
@@ -139,7 +142,7 @@ class BufferedRun:
             self._params.update(stored)
 
     def forget_lock(self) -> None:
-        """In a forked child: it may be held by a thread that is not there."""
+        """In a forked child: make the lock anew, which a thread may hold that is not there."""
         self._params_lock = threading.RLock()
 
     def _log(self, append: Callable[[], Sequence[Any]]) -> Handle:

@@ -93,7 +93,8 @@ def _say_start(logger: MetricLogger, uri: str) -> None:
 
 
 def remember_new(run: Any) -> None:
-    """MLflow has just made this run: what is logged at once need not look for it on the server."""
+    """Keep a run that MLflow has just made: who logs to it at once need not look for it on the
+    server."""
     from mlflow.entities import Run
 
     now_s = SYSTEM_CLOCK.monotonic_s()
@@ -117,7 +118,8 @@ def forget_run(run_id: str) -> None:
 
 
 def models_were_logged(run_id: str) -> None:
-    """From now on a metric of the run may belong to a model, too."""
+    """From now on a metric of the run may belong to a model, too: it takes the long way, on which
+    MLflow finds that out."""
     _new_runs.pop(run_id, None)
     for (_, own_id), run in list(_runs.items()):
         if own_id == run_id:
@@ -171,7 +173,8 @@ def _look(tracking_client: Any, uri: str, run_id: str) -> tuple[Mapping[str, str
 
 
 def _has_workspace() -> bool:
-    """Whether calls go to a workspace of the server's, which no collector process knows of."""
+    """Whether calls go to a workspace of the server's: they are MLflow's own, because no collector
+    process knows of it."""
     try:
         from mlflow.utils.workspace_context import get_request_workspace
     except ImportError:
