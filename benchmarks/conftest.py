@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from shared import load
 from support.backends import FOREIGN_SETTINGS, MlflowServer, copy_sqlite, new_sqlite
-
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when MLflow is imported
 
 Report = Callable[..., None]
 
@@ -59,8 +58,7 @@ def pytest_terminal_summary(
     if config.stash[_lines]:
         terminalreporter.section("targets")
         terminalreporter.line(
-            f"CPython {platform.python_version()}, {os.cpu_count()} CPUs, "
-            f"load {' '.join(f'{load:.1f}' for load in os.getloadavg())}"
+            f"CPython {platform.python_version()}, {os.cpu_count()} CPUs, {load()}"
         )
         terminalreporter.line(f"{'':<64} {'measured':>8}  {'target':<13}")
         for line in config.stash[_lines]:

@@ -28,7 +28,7 @@ from support.backends import (
 from support.collectors import end_collector
 from support.jobs import Job, StartJob, Store
 
-pytest_plugins = ["support.marking"]
+pytest_plugins = ["support.azureml", "support.marking"]
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when a fixture or a test imports MLflow
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what is in its background

@@ -16,7 +16,6 @@ psutil; one that is not installed is passed over.
 
 import argparse
 import json
-import logging
 import os
 import sqlite3
 import statistics
@@ -31,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shared import append_json, await_collector, environment_of_a_stranger, load, settle_mlflow
 
 WAYS = {"stock": {}, "buffered": {"FLOWBUFFER_ENABLED": "1"}}
 LONGEST_S = 300.0
@@ -258,13 +259,11 @@ def show_differences(one: Stored, other: Stored, all_rows: Counter[tuple[object,
 
 def run(name: str, way: str, folder: Path) -> tuple[int, float]:
     """One case, one way; its exit status and the seconds that it took."""
-    from support.backends import FOREIGN_SETTINGS
-    from support.collectors import end_collector, is_free
-    from support.waiting import wait_until
-
-    env = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_SETTINGS)}
-    env |= {"MLFLOW_DISABLE_TELEMETRY": "true", "FLOWBUFFER_SPOOL_DIR": str(folder / "spool")}
-    env |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", **WAYS[way]}
+    env = environment_of_a_stranger(
+        FLOWBUFFER_SPOOL_DIR=str(folder / "spool"),
+        MLFLOW_TRACKING_URI=f"sqlite:///{folder / 'mlflow.db'}",
+        **WAYS[way],
+    )
     start_s = time.monotonic()
     with (folder / "output").open("w") as output:
         status = subprocess.run(
@@ -277,10 +276,7 @@ def run(name: str, way: str, folder: Path) -> tuple[int, float]:
             check=False,
         ).returncode
     seconds = time.monotonic() - start_s
-    try:
-        wait_until(lambda: is_free(folder / "spool"))  # the collector process has ended, too
-    except TimeoutError:
-        end_collector(folder / "spool")
+    await_collector(folder / "spool")
     return status, seconds
 
 
@@ -344,13 +340,9 @@ def main() -> int:
     if unknown := set(given.cases) - set(CASES):
         parser.error(f"no such case: {', '.join(unknown)}")
 
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    import mlflow  # noqa: F401  (here, so that its logging is settled before)
-
     from support.backends import new_sqlite
 
-    for chatty in ("mlflow", "alembic"):  # about the tables that they create in a new file
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    settle_mlflow()
     different = False
     print(f"{'':<18}{'rows, at least':>20}{'missing, at most':>20}{'':>8}{'':>11}{'s':>20}")
     print(f"{'':<18}" + f"{'stock':>10}{'buffered':>10}" * 2 + f"{'more':>8}{'':>11}", end="")
@@ -371,10 +363,8 @@ def main() -> int:
                     f"{found['s stock']:>10.1f}{found['s buffered']:>10.1f}",
                     flush=True,
                 )
-            if given.json:
-                with given.json.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-    print(f"medians of {given.rounds}; load {' '.join(f'{one:.1f}' for one in os.getloadavg())}")
+            append_json(given.json, [found])
+    print(f"medians of {given.rounds}; {load()}")
     return int(different)
 
 

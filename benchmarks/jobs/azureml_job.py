@@ -15,17 +15,16 @@ at FINISHED. Ends with status 1 if one is missed.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flowbuffer.testing.azureml import AzureMLEndpoint
-from support.backends import FOREIGN_SETTINGS
+from shared import environment_of_a_stranger
 from support.collectors import end_collector
 
 LATENCY_S = 0.05
@@ -118,10 +117,8 @@ class Measured:
 def measure(script: str, by: str, values: int, spool: Path) -> Measured:
     """Run a script to its end."""
     with AzureMLEndpoint(latency_s=LATENCY_S, ingestion_delay_s=INGESTION_S) as service:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_SETTINGS)}
-        environment = {**inherited, **service.job_environment(), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment = environment_of_a_stranger(**service.job_environment(), VALUES=str(values))
         del environment["AZUREML_RUN_ID"]
-        environment["VALUES"] = str(values)
         if by == "flowbuffer":
             environment |= {"FLOWBUFFER_ENABLED": "1", "FLOWBUFFER_SPOOL_DIR": str(spool)}
         try:

@@ -12,13 +12,14 @@ of its own. Targets: at most 1.5 times the bare calls, and at most 3 us a point 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shared import fresh_server, run_again
 
 KEYS = [f"metric{number}" for number in range(20)]
 
@@ -80,14 +81,10 @@ def measure(way: str, points: int, uri: str) -> dict[str, float]:
     from support.backends import make_run
 
     with tempfile.TemporaryDirectory() as spool:
-        done = subprocess.run(
-            [sys.executable, __file__, "--way", way, uri, make_run(uri), f"--points={points}"],
-            env=os.environ | {"FLOWBUFFER_SPOOL_DIR": f"{spool}/spool"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
+        said = run_again(
+            *("--way", way, uri, make_run(uri), f"--points={points}"), spool=Path(spool) / "spool"
         )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = json.loads(said.splitlines()[-1])
     return {name: seconds / points * 1e6 for name, seconds in found.items()}
 
 
@@ -104,14 +101,9 @@ def main() -> int:
             found = log_points(given.points, uri, run_id)
         print(json.dumps(found))
         return 0
-    from support.backends import MlflowServer, new_sqlite
-
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    with tempfile.TemporaryDirectory() as folder:
-        uri = new_sqlite(Path(folder) / "mlflow.db")
-        with MlflowServer(uri, Path(folder)) as server:
-            own = measure("process", given.points, server.uri)
-            loop = measure("log_batch", given.points, server.uri)
+    with fresh_server() as server:
+        own = measure("process", given.points, server.uri)
+        loop = measure("log_batch", given.points, server.uri)
     ratio = (own["calls"] + own["wait"]) / own["bare"]
     beyond = own["collector"] - loop["all"]
     print(f"bare call               {own['bare']:6.2f} us of CPU")

@@ -14,20 +14,28 @@ status is 1 if not.
 
 import argparse
 import json
-import logging
 import os
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shared import (
+    Store,
+    append_json,
+    await_collector,
+    environment_of_a_stranger,
+    fresh_stores,
+    load,
+    settle_mlflow,
+)
 
 WAYS = {
     "synchronous": {},
@@ -47,7 +55,6 @@ ENDS = ("active run, returns", "active run, os._exit", "client, returns", "clien
 FORKS = ("os.fork", "multiprocessing")
 CHILD_S = 20.0
 LONGEST_S = 120.0
-COLLECTOR_S = 120.0
 
 
 # ---------------------------------------------------------------- the processes that log
@@ -158,11 +165,9 @@ JOBS = {
 
 @dataclass
 class Backend:
-    """Where the jobs log to, and the database that is behind it."""
+    """Where the jobs log to, and what was found there."""
 
-    name: str
-    uri: str
-    database: Path
+    store: Store
     found: list[dict[str, object]] = field(default_factory=list)
 
     def run(self, way: str, job: str, *arguments: object) -> tuple[str, dict[str, object]]:
@@ -170,11 +175,11 @@ class Backend:
 
         What it printed has "hangs" if it had to be killed, and "seconds", its own.
         """
-        from support.backends import FOREIGN_SETTINGS, make_run
+        from support.backends import make_run
 
-        run_id = make_run(self.uri)
-        env = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_SETTINGS)}
-        env |= {"MLFLOW_TRACKING_URI": self.uri, "MLFLOW_DISABLE_TELEMETRY": "true", **WAYS[way]}
+        uri = self.store.uri
+        run_id = make_run(uri)
+        env = environment_of_a_stranger(MLFLOW_TRACKING_URI=uri, **WAYS[way])
         with tempfile.TemporaryDirectory() as folder, open(f"{folder}/stderr", "w+") as stderr:
             start_s = time.monotonic()
             process = subprocess.Popen(
@@ -197,7 +202,7 @@ class Backend:
             if process.returncode:
                 stderr.seek(0)
                 print(stderr.read()[-2000:], file=sys.stderr)
-            _await_collector(Path(folder) / "spool")
+            await_collector(Path(folder) / "spool")
         said = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
         found: dict[str, object] = {
             "hangs": hangs,
@@ -210,7 +215,7 @@ class Backend:
 
     def rows(self, run_id: str, key: str = "loss") -> int:
         """How many points of a metric are stored."""
-        with sqlite3.connect(self.database) as connection:
+        with sqlite3.connect(self.store.database) as connection:
             query = "SELECT COUNT(*) FROM metrics WHERE run_uuid = ? AND key = ?"
             return int(connection.execute(query, (run_id, key)).fetchone()[0])
 
@@ -218,23 +223,11 @@ class Backend:
         """The values of "loss" as MLflow gives them back."""
         from support.backends import history
 
-        return [point.value for point in history(self.uri, run_id, "loss")]
+        return [point.value for point in history(self.store.uri, run_id, "loss")]
 
     def keep(self, table: str, **figures: object) -> None:
         """For --json."""
-        self.found.append({"table": table, "backend": self.name, **figures})
-
-
-def _await_collector(spool: Path) -> None:
-    """Until the collector process has delivered and ended; one that cannot is killed."""
-    from support.collectors import end_collector, is_free
-    from support.waiting import wait_until
-
-    try:
-        wait_until(lambda: is_free(spool), COLLECTOR_S)
-    except TimeoutError:
-        print("the collector process had not delivered everything", file=sys.stderr)
-        end_collector(spool)
+        self.found.append({"table": table, "backend": self.store.name, **figures})
 
 
 def show(name: str, *cells: object) -> None:
@@ -243,7 +236,7 @@ def show(name: str, *cells: object) -> None:
 
 def measure_calls(backend: Backend, calls: int) -> bool:
     """The first table; whether the target is met."""
-    show(f"us per call: p50, p99.9 ({backend.name})", *WAYS)
+    show(f"us per call: p50, p99.9 ({backend.store.name})", *WAYS)
     met = True
     for kind, fewer in KINDS.items():
         cells = []
@@ -260,7 +253,7 @@ def measure_calls(backend: Backend, calls: int) -> bool:
 
 def measure_ends(backend: Backend, rows: int) -> bool:
     """The second table; whether nothing buffered is lost."""
-    show(f"rows lost of {rows}, run not ended ({backend.name})", *WAYS)
+    show(f"rows lost of {rows}, run not ended ({backend.store.name})", *WAYS)
     met = True
     for end in ENDS:
         cells = []
@@ -276,7 +269,7 @@ def measure_ends(backend: Backend, rows: int) -> bool:
 
 def measure_order(backend: Backend, rows: int) -> bool:
     """The third table; whether nothing buffered is out of order."""
-    show(f"one key, no steps, {rows} rows ({backend.name})", *WAYS)
+    show(f"one key, no steps, {rows} rows ({backend.store.name})", *WAYS)
     disordered, missing, met = [], [], True
     for way in WAYS:
         run_id, _ = backend.run(way, "log_without_steps", "falling", rows)
@@ -296,7 +289,7 @@ def measure_order(backend: Backend, rows: int) -> bool:
 
 def measure_forks(backend: Backend, rows: int) -> bool:
     """The fourth table; whether nothing buffered is lost, and no child hangs."""
-    show(f"rows lost of {rows} + {rows} of a child ({backend.name})", *WAYS)
+    show(f"rows lost of {rows} + {rows} of a child ({backend.store.name})", *WAYS)
     met = True
     for fork in FORKS:
         cells = []
@@ -308,22 +301,6 @@ def measure_forks(backend: Backend, rows: int) -> bool:
             met &= way != "buffered" or not (parent or child or found["hangs"])
         show(fork, *cells)
     return met
-
-
-@contextmanager
-def backends(chosen: str | None) -> Iterator[list[Backend]]:
-    from support.backends import MlflowServer, new_sqlite
-
-    with tempfile.TemporaryDirectory() as folder:
-        found = []
-        direct, behind = Path(folder) / "direct.db", Path(folder) / "behind.db"
-        if chosen != "server":
-            found.append(Backend("SQLite", new_sqlite(direct), direct))
-        if chosen == "sqlite":
-            yield found
-            return
-        with MlflowServer(new_sqlite(behind), Path(folder)) as server:
-            yield [*found, Backend("server", server.uri, behind)]
 
 
 def main() -> int:
@@ -339,22 +316,17 @@ def main() -> int:
         JOBS[name](*arguments)
         return 0
 
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    import mlflow  # noqa: F401  (here, so that its logging is settled before)
-
-    for chatty in ("mlflow", "alembic"):  # about the tables that they create in a new file
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    settle_mlflow()
     met = True
-    with backends(given.backend) as those:
-        for backend in those:
+    wanted = {"sqlite": ["SQLite"], "server": ["server"], None: ["SQLite", "server"]}
+    with fresh_stores(wanted[given.backend]) as stores:
+        for backend in map(Backend, stores):
             met &= measure_calls(backend, given.calls)
             met &= measure_ends(backend, given.rows)
             met &= measure_order(backend, given.rows)
             met &= measure_forks(backend, given.rows)
-            print(f"  load {' '.join(f'{load:.1f}' for load in os.getloadavg())}\n")
-            if given.json:
-                with given.json.open("a") as file:
-                    file.writelines(json.dumps(one) + "\n" for one in backend.found)
+            print(f"  {load()}\n")
+            append_json(given.json, backend.found)
     print("targets met" if met else "targets MISSED")
     return int(not met)
 

@@ -9,7 +9,6 @@ under each fault is to stay within twice its quiet value (P5); the exit status i
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shared import fresh_server, run_again
 
 FAULTS = ("quiet", "503", "429", "hang", "reset", "down")
 ALLOWED = 2.0
@@ -52,17 +53,12 @@ def loop(uri: str, run_id: str, calls: int, work_us: float) -> None:
 
 def measure(proxy_uri: str, run_id: str, given: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as spool:
-        done = subprocess.run(
-            [
-                *(sys.executable, __file__, "--loop", proxy_uri, run_id),
-                *(f"--calls={given.calls}", f"--work-us={given.work_us}"),
-            ],
-            env=os.environ | {"FLOWBUFFER_SPOOL_DIR": f"{spool}/spool"},
-            stdout=subprocess.PIPE,
+        said = run_again(
+            *("--loop", proxy_uri, run_id, f"--calls={given.calls}", f"--work-us={given.work_us}"),
+            spool=Path(spool) / "spool",
             stderr=subprocess.DEVNULL,  # the points that it leaves are meant to be left
-            check=True,
         )
-    return json.loads(done.stdout)
+    return json.loads(said)
 
 
 def main() -> int:
@@ -76,18 +72,13 @@ def main() -> int:
         loop(*given.loop, given.calls, given.work_us)
         return 0
 
-    from support.backends import MlflowServer, make_run, new_sqlite
+    from support.backends import make_run
     from support.faults import FaultProxy, forward, hang, reset, status
 
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     actions = {"503": status(503), "429": status(429, {"Retry-After": "1"})}
     actions |= {"hang": hang, "reset": reset}
     found: dict[str, list[dict[str, float]]] = {fault: [] for fault in FAULTS}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        MlflowServer(new_sqlite(Path(folder) / "mlflow.db"), Path(folder)) as server,
-        FaultProxy(server.uri) as proxy,
-    ):
+    with fresh_server() as server, FaultProxy(server.uri) as proxy:
         for _ in range(given.rounds):
             for fault in FAULTS:  # in turn, so that a slow moment of the machine hits all
                 proxy.up()

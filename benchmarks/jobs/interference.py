@@ -14,14 +14,14 @@ median and 5% at p99; the exit status is 1 if not.
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shared import fresh_server, medians, run_again
 
 WAYS = ("nothing", "process", "thread", "mlflow async")
 METRICS = 100
@@ -96,33 +96,14 @@ def loop(way: str, uri: str, run_id: str, turns: int, steps: int) -> None:
 
 def measure(way: str, uri: str, turns: int, steps: int) -> list[float]:
     from support.backends import make_run
+    from support.collectors import end_collector
 
-    with tempfile.TemporaryDirectory() as spool:
-        done = subprocess.run(
-            [sys.executable, __file__, "--loop", way, uri, make_run(uri), str(turns), str(steps)],
-            env=os.environ | {"FLOWBUFFER_SPOOL_DIR": f"{spool}/spool"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        _end_collector(Path(spool) / "spool" / "collector.lock")
-    taken: list[float] = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        spool = Path(folder) / "spool"
+        said = run_again("--loop", way, uri, make_run(uri), turns, steps, spool=spool)
+        end_collector(spool)  # its backlog is of no interest
+    taken: list[float] = json.loads(said.splitlines()[-1])
     return taken[20:]
-
-
-def _end_collector(lock: Path) -> None:
-    """End the collector that this round started: its backlog is of no interest."""
-    import fcntl
-    import signal
-
-    if not lock.exists():
-        return
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.kill(int(file.read()), signal.SIGTERM)
-            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def main() -> int:
@@ -136,45 +117,38 @@ def main() -> int:
         loop(way, uri, run_id, int(turns), int(steps))
     import numpy as np
 
-    from support.backends import MlflowServer, new_sqlite
-
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     turns = turns_of_a_step()
     shown: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
     against: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as folder:
-        uri = new_sqlite(Path(folder) / "mlflow.db")
+    if CAN_PIN:
+        both = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {sorted(both)[1]})  # the server inherits it
+    with fresh_server() as server:
         if CAN_PIN:
-            both = os.sched_getaffinity(0)
-            os.sched_setaffinity(0, {sorted(both)[1]})  # the server inherits it
-        with MlflowServer(uri, Path(folder)) as server:
-            if CAN_PIN:
-                os.sched_setaffinity(0, both)
+            os.sched_setaffinity(0, both)
 
-            def figures(way: str) -> tuple[float, float, float]:
-                taken = measure(way, server.uri, turns, given.steps)
-                p50, p99 = np.percentile(taken, [50, 99])
-                shown[way].append((float(p50), float(p99), sum(taken) / len(taken)))
-                return shown[way][-1]
+        def figures(way: str) -> tuple[float, float, float]:
+            taken = measure(way, server.uri, turns, given.steps)
+            p50, p99 = np.percentile(taken, [50, 99])
+            shown[way].append((float(p50), float(p99), sum(taken) / len(taken)))
+            return shown[way][-1]
 
-            before = figures("nothing")
-            for number in range(given.rounds):
-                for way in WAYS[1:]:
-                    own, after = figures(way), figures("nothing")
-                    bare = [(one + other) / 2 for one, other in zip(before, after, strict=True)]
-                    before = after
-                    ratios = tuple(mine / its for mine, its in zip(own, bare, strict=True))
-                    against[way].append(ratios)
-                    print(
-                        f"round {number + 1} {way}: x{ratios[0]:.3f} x{ratios[1]:.3f}", flush=True
-                    )
+        before = figures("nothing")
+        for number in range(given.rounds):
+            for way in WAYS[1:]:
+                own, after = figures(way), figures("nothing")
+                bare = [(one + other) / 2 for one, other in zip(before, after, strict=True)]
+                before = after
+                ratios = tuple(mine / its for mine, its in zip(own, bare, strict=True))
+                against[way].append(ratios)
+                print(f"round {number + 1} {way}: x{ratios[0]:.3f} x{ratios[1]:.3f}", flush=True)
     print(f"{'':<14}{'p50 ms':>8}{'':>8}{'p99 ms':>8}{'':>8}{'mean ms':>8}")
     missed = False
     for way in WAYS:
         line = f"{way:<14}"
-        ratios = [statistics.median(c) for c in zip(*against[way], strict=True)] or [1.0] * 3
-        for index, column in enumerate(zip(*shown[way], strict=True)):
-            line += f"{statistics.median(column):>8.2f}{f'x{ratios[index]:.3f}':>8}"
+        ratios = medians(against[way]) or [1.0] * 3
+        for middle, ratio in zip(medians(shown[way]), ratios, strict=True):
+            line += f"{middle:>8.2f}{f'x{ratio:.3f}':>8}"
         print(line)
         if way == "process":
             missed = ratios[0] > TARGETS["p50"] or ratios[1] > TARGETS["p99"]

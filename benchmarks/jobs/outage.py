@@ -18,11 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-
-import mlflow  # noqa: F401  (here, so that its size and its logging are settled before)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flowbuffer import MetricLogger, Report, Settings
+from shared import settle_mlflow
 from support.backends import MlflowServer, make_run, new_sqlite
 from support.waiting import wait_until
 
@@ -86,8 +85,8 @@ def outage(
     title: str, points: int, settings: Settings, wait_s: float | None, directory: Path
 ) -> None:
     """Log while the server is down, start it, deliver for `wait_s` (None: all); then exit."""
-    for chatty in ("mlflow", "alembic", "flowbuffer"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    settle_mlflow(logging.ERROR)
+    logging.getLogger("flowbuffer").setLevel(logging.ERROR)
     print(title, flush=True)
     directory.mkdir()
     database = directory / "mlflow.db"

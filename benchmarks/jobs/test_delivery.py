@@ -7,6 +7,8 @@ times; the ratio is the median of the pairs.
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import pytest
@@ -61,65 +63,55 @@ def with_flowbuffer(uri: str, points: list[Point]) -> float:
     return len(points) / seconds
 
 
+Side = Callable[[list[Point]], float]
+Compare = Callable[..., None]
+
+
+@pytest.fixture
+def compare(benchmark: BenchmarkFixture, report: Report, pytestconfig: pytest.Config) -> Compare:
+    """Runs both sides in turn and adds a line to the table."""
+
+    def compare(where: str, keys: int, target: float, their_side: Side, our_side: Side) -> None:
+        points = points_of(pytestconfig.getoption("--points"), keys)
+        theirs, ours = [], []
+
+        def other_side() -> None:
+            theirs.append(their_side(points))
+
+        def own_side() -> None:
+            ours.append(our_side(points))
+
+        benchmark.pedantic(own_side, setup=other_side, rounds=pytestconfig.getoption("--pairs"))
+        report(
+            f"delivery to a {where}, {keys} key(s): flowbuffer / bare",
+            median(our / their for our, their in zip(ours, theirs, strict=True)),
+            "at least",
+            target,
+            f"{median(ours):,.0f} / {median(theirs):,.0f} points/s; "
+            f"{len(ours)} pair(s) of {len(points):,}",
+        )
+
+    return compare
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("keys", "target"), [(1, 0.9), (20, 0.9), (1000, 1.3)])
-def test_to_a_sqlite_file(
-    keys: int,
-    target: float,
-    sqlite_uri: str,
-    benchmark: BenchmarkFixture,
-    report: Report,
-    pytestconfig: pytest.Config,
-) -> None:
-    points = points_of(pytestconfig.getoption("--points"), keys)
-    theirs, ours = [], []
-
-    def other_side() -> None:
-        theirs.append(with_loops(sqlite_uri, points))
-
-    def our_side() -> None:
-        ours.append(with_flowbuffer(sqlite_uri, points))
-
-    benchmark.pedantic(our_side, setup=other_side, rounds=pytestconfig.getoption("--pairs"))
-    _report(f"SQLite file, {keys} key(s)", target, points, theirs, ours, report)
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("keys", "target"), [(1, 0.9), (20, 0.9), (1000, 1.3)])
-def test_to_a_server(
-    keys: int,
-    target: float,
-    server_uri: str,
-    benchmark: BenchmarkFixture,
-    report: Report,
-    pytestconfig: pytest.Config,
-) -> None:
-    points = points_of(pytestconfig.getoption("--points"), keys)
-    theirs, ours = [], []
-
-    def other_side() -> None:
-        theirs.append(max(with_loops(server_uri, points, loops) for loops in (1, 2, 4)))
-
-    def our_side() -> None:
-        ours.append(with_flowbuffer(server_uri, points))
-
-    benchmark.pedantic(our_side, setup=other_side, rounds=pytestconfig.getoption("--pairs"))
-    _report(f"server with 4 workers, {keys} key(s)", target, points, theirs, ours, report)
-
-
-def _report(
-    where: str,
-    target: float,
-    points: list[Point],
-    theirs: list[float],
-    ours: list[float],
-    report: Report,
-) -> None:
-    report(
-        f"delivery to a {where}: flowbuffer / bare",
-        median(our / their for our, their in zip(ours, theirs, strict=True)),
-        "at least",
+def test_to_a_sqlite_file(keys: int, target: float, sqlite_uri: str, compare: Compare) -> None:
+    compare(
+        "SQLite file",
+        keys,
         target,
-        f"{median(ours):,.0f} / {median(theirs):,.0f} points/s; "
-        f"{len(ours)} pair(s) of {len(points):,}",
+        partial(with_loops, sqlite_uri),
+        partial(with_flowbuffer, sqlite_uri),
+    )
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("keys", "target"), [(1, 0.9), (20, 0.9), (1000, 1.3)])
+def test_to_a_server(keys: int, target: float, server_uri: str, compare: Compare) -> None:
+    def fastest_loops(points: list[Point]) -> float:
+        return max(with_loops(server_uri, points, loops) for loops in (1, 2, 4))
+
+    compare(
+        "server with 4 workers", keys, target, fastest_loops, partial(with_flowbuffer, server_uri)
     )

@@ -58,7 +58,7 @@ class InvalidPoint(InvalidArgument):
     """A key, value, step or timestamp that cannot be logged. No other point is affected.
 
     Attributes:
-        stored: Where the other points of the same call are (``spool.places.Places``).
+        stored: Where the other points of the same call are (``spool.writing.places.Places``).
         count: How many points of the call were not logged.
     """
 

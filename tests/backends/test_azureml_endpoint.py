@@ -5,14 +5,14 @@ import importlib.util
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from flowbuffer.testing import ManualClock
+from support.azureml import POLLS, POSTS, StartAzureJob, StartService
 from support.jobs import Job
 from support.waiting import wait_until
 
@@ -20,9 +20,6 @@ if importlib.util.find_spec("azureml") is None:
     pytest.skip("needs flowbuffer[azureml]", allow_module_level=True)
 
 from flowbuffer.testing.azureml import AzureMLEndpoint
-
-POSTS = "runs/log-batch-async"
-POLLS = "runs/get-run-data-status"
 
 
 class StockJob(Job):
@@ -72,30 +69,12 @@ class StockJob(Job):
 
 
 Start = Callable[..., StockJob]
-Service = Callable[..., AzureMLEndpoint]
 
 
 @pytest.fixture
-def serve() -> Iterator[Service]:
-    """Starts workspaces with one job each; they end with the test."""
-    with ExitStack() as services:
-        yield lambda **options: services.enter_context(AzureMLEndpoint(**options))
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts the process of a job, with its environment; it does not outlive the test."""
-    jobs: list[StockJob] = []
-
-    def start(service: AzureMLEndpoint, code: str, **environment: str) -> StockJob:
-        environment = {**service.job_environment(), **environment}
-        script = tmp_path / f"job{len(jobs)}.py"
-        jobs.append(StockJob(script, service.tracking_uri, service.run_id, code, **environment))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
+def start(start_azure_job: StartAzureJob) -> Start:
+    """Starts the process of a job; it does not outlive the test."""
+    return partial(start_azure_job, kind=StockJob)  # type: ignore[return-value]
 
 
 def steps(service: AzureMLEndpoint, key: str = "loss") -> list[int]:
@@ -103,11 +82,11 @@ def steps(service: AzureMLEndpoint, key: str = "loss") -> list[int]:
 
 
 def test_a_loop_costs_a_round_trip_per_call_and_a_wait_five_seconds(
-    serve: Service, start: Start
+    start_service: StartService, start: Start
 ) -> None:
     """Asynchronous calls post in the caller's thread, and what is not ingested at the first poll is
     asked for again after 5 s."""
-    service = serve(ingestion_delay_s=1.0, latency_s=0.05)
+    service = start_service(ingestion_delay_s=1.0, latency_s=0.05)
     code = """
     with mlflow.start_run():
         began = time.monotonic()
@@ -125,10 +104,10 @@ def test_a_loop_costs_a_round_trip_per_call_and_a_wait_five_seconds(
 
 
 def test_the_status_of_the_jobs_own_run_is_left_to_the_service(
-    serve: Service, start: Start
+    start_service: StartService, start: Start
 ) -> None:
     """The plugin does not end the run of the job; the service does, once its process has ended."""
-    service = serve()
+    service = start_service()
     code = """
     with mlflow.start_run():
         mlflow.log_metric("loss", 1.0)
@@ -143,9 +122,11 @@ def test_the_status_of_the_jobs_own_run_is_left_to_the_service(
     assert service.run(service.run_id).visible_at_end == 1
 
 
-def test_end_run_reports_finished_while_data_are_missing(serve: Service, start: Start) -> None:
+def test_end_run_reports_finished_while_data_are_missing(
+    start_service: StartService, start: Start
+) -> None:
     """Any other run is FINISHED as soon as it is ended, whatever is still in ingestion."""
-    service = serve(ingestion_delay_s=4.0)
+    service = start_service(ingestion_delay_s=4.0)
     code = "with mlflow.start_run(): log(20)"
     start(service, code, AZUREML_RUN_ID="").facts()
     run = service.run(service.run_id)
@@ -155,9 +136,11 @@ def test_end_run_reports_finished_while_data_are_missing(serve: Service, start: 
     assert len(steps(service)) == 20  # the process ends after its polls
 
 
-def test_a_batch_beyond_the_row_limit_is_refused_as_a_whole(serve: Service, start: Start) -> None:
+def test_a_batch_beyond_the_row_limit_is_refused_as_a_whole(
+    start_service: StartService, start: Start
+) -> None:
     """More than 250 metrics are a 400 in the form of the service, in the caller's thread."""
-    service = serve()
+    service = start_service()
     code = """
     with mlflow.start_run() as run:
         points = [Metric("loss", float(i), 1_700_000_000_000 + i, i) for i in range(1000)]
@@ -175,19 +158,19 @@ def test_a_batch_beyond_the_row_limit_is_refused_as_a_whole(serve: Service, star
 
 
 def test_waiting_fails_after_the_timeout_although_the_data_arrive(
-    serve: Service, start: Start
+    start_service: StartService, start: Start
 ) -> None:
     """The plugin's timeout is looked at before the answer, so that it is a false one."""
-    service = serve(ingestion_delay_s=4.0)
+    service = start_service(ingestion_delay_s=4.0)
     code = "with mlflow.start_run(): error_of(log(1)[0].wait)"
     said = start(service, code, MLFLOW_RUN_DATA_WAIT_TIMEOUT_SEC="1").facts()
     assert "Timed out waiting for run data to be available" in said["text"]
     assert steps(service) == [0]
 
 
-def test_throttling_blocks_the_caller(serve: Service, start: Start) -> None:
+def test_throttling_blocks_the_caller(start_service: StartService, start: Start) -> None:
     """Every 429 holds the caller for its Retry-After."""
-    service = serve()
+    service = start_service()
     code = """
     mlflow.start_run()
     log(1)
@@ -205,9 +188,9 @@ def test_throttling_blocks_the_caller(serve: Service, start: Start) -> None:
     assert steps(service) == [0, 1]
 
 
-def test_a_restart_keeps_what_was_accepted(serve: Service, start: Start) -> None:
+def test_a_restart_keeps_what_was_accepted(start_service: StartService, start: Start) -> None:
     """The endpoint comes back on its port, and the plugin's HTTP client goes on."""
-    service = serve(latency_s=0.02)
+    service = start_service(latency_s=0.02)
     job = start(service, "with mlflow.start_run(): wait(log(100))")
     wait_until(lambda: service.count(POSTS) > 20)
     service.restart()
@@ -217,10 +200,10 @@ def test_a_restart_keeps_what_was_accepted(serve: Service, start: Start) -> None
 
 @pytest.mark.parametrize(("keeps_once", "points"), [(True, 10), (False, 11)])
 def test_a_lost_answer_is_posted_again(
-    serve: Service, start: Start, keeps_once: bool, points: int
+    start_service: StartService, start: Start, keeps_once: bool, points: int
 ) -> None:
     """A batch whose answer is lost is taken; what comes twice is kept once or twice, as asked."""
-    service = serve(keeps_once=keeps_once)
+    service = start_service(keeps_once=keeps_once)
     service.lose_answers(1)
     start(service, "with mlflow.start_run(): wait(log(10))").facts()
     assert (service.count(POSTS), service.count(POSTS, 0)) == (10, 1)
@@ -228,9 +211,11 @@ def test_a_lost_answer_is_posted_again(
     assert len(steps(service)) == points
 
 
-def test_params_are_there_at_once_and_cannot_be_changed(serve: Service, start: Start) -> None:
+def test_params_are_there_at_once_and_cannot_be_changed(
+    start_service: StartService, start: Start
+) -> None:
     """Parameters have no ingestion, and keep their first value."""
-    service = serve(ingestion_delay_s=60.0)
+    service = start_service(ingestion_delay_s=60.0)
     code = """
     mlflow.start_run()
     mlflow.log_param("lr", 1, synchronous=False)
@@ -241,11 +226,11 @@ def test_params_are_there_at_once_and_cannot_be_changed(serve: Service, start: S
     assert service.count(POLLS) == 0
 
 
-def test_an_expired_token_locks_the_plugin_out(serve: Service, start: Start) -> None:
+def test_an_expired_token_locks_the_plugin_out(start_service: StartService, start: Start) -> None:
     """A token is renewed when less than 95 s are left, by the store that is made or by a timer of
     30 s; once it has expired it is refused."""
     clock = ManualClock(time.time())
-    service = serve(token_lifetime_s=90.0, clock=clock)
+    service = start_service(token_lifetime_s=90.0, clock=clock)
     code = """
     mlflow.start_run()
     log(1)
@@ -263,9 +248,9 @@ def test_an_expired_token_locks_the_plugin_out(serve: Service, start: Start) -> 
     assert "expired" in said["text"]
 
 
-def test_after_a_fork_nothing_polls(serve: Service, start: Start) -> None:
+def test_after_a_fork_nothing_polls(start_service: StartService, start: Start) -> None:
     """In a forked child a batch is posted, and waiting for it never ends."""
-    service = serve()
+    service = start_service()
     code = """
     run_id = mlflow.start_run().info.run_id
     wait(log(3))
@@ -282,11 +267,11 @@ def test_after_a_fork_nothing_polls(serve: Service, start: Start) -> None:
     assert steps(service, "child") == [0]
 
 
-def test_points_can_be_read_after_the_delay(serve: Service) -> None:
+def test_points_can_be_read_after_the_delay(start_service: StartService) -> None:
     """A batch is complete, and its points can be read, when its delay is over; equal ones are
     counted."""
     clock = ManualClock()
-    service = serve(ingestion_delay_s=5.0, clock=clock)
+    service = start_service(ingestion_delay_s=5.0, clock=clock)
     token = service.job_environment()["MLFLOW_TRACKING_TOKEN"]
     path = service.tracking_uri + "/api/2.0/preview/mlflow/"
     point = {"key": "k", "timestamp": 1, "step": 1, "value": "NaN"}

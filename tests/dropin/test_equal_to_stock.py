@@ -5,9 +5,8 @@ or raises the same, and the store has the same afterwards."""
 from __future__ import annotations
 
 import enum
-import re
 from collections import ChainMap, OrderedDict, UserDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType, SimpleNamespace
@@ -19,17 +18,11 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.tracking import fluent
 
 import flowbuffer
-from flowbuffer.dropin import known_runs
-from flowbuffer.logger import by_run
 from support.backends import MlflowServer
 from support.sampling import part_of_table
-from support.stored import stored
-
-T = 1_700_000_000_000
-Call = Callable[[MlflowClient, str], object]
+from support.switch import HELD, Call, T, assert_as_by_mlflow
 
 
 class Name(str, enum.Enum):
@@ -295,61 +288,11 @@ TABLES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def switched_off() -> Iterator[None]:
-    """No switch, logger or known run passes between tests."""
-    yield
-    flowbuffer.disable()
-    for logger in by_run.all_loggers():
-        logger.close(0)
-    by_run._loggers.clear()
-    known_runs._runs.clear()
-
-
-def outcome(call: Call, run_id: str) -> object:
-    """What a call returns, or raises."""
-    try:
-        return call(MlflowClient(), run_id)
-    except Exception as error:
-        words = re.sub(r"0x[0-9a-f]+|\b\d{13}\b", "N", str(error).replace(run_id, "RUN"))
-        return type(error), getattr(error, "error_code", None), words[:300]
-
-
-def outcomes(cases: dict[str, Call], uri: str, *, known: bool | None) -> dict[str, object]:
-    """What each call does on a run of its own, and what that has afterwards; ``known``: with the
-    switch on, whether the run was logged to before."""
-    mlflow.set_tracking_uri(uri)
-    own = MlflowClient()
-    ids = {name: own.create_run("0", run_name="n").info.run_id for name in cases}
-    if known is not None:
-        flowbuffer.enable(linger_s=3600.0)
-    answers = {}
-    for name, run_id in ids.items():
-        mlflow.start_run(run_id=run_id)
-        if known:
-            mlflow.log_metric("known", 1.0)
-        answers[name] = outcome(cases[name], run_id)
-        fluent._active_run_stack.get().pop()  # it has not ended
-    flowbuffer.disable()
-    return {
-        name: (answers[name], stored(uri, run_id, without=["known"]))
-        for name, run_id in ids.items()
-    }
-
-
-def assert_equal(cases: dict[str, Call], uri: str, *, known_only: bool = False) -> None:
-    expected = outcomes(cases, uri, known=None)
-    for known in (True,) if known_only else (False, True):
-        found = outcomes(cases, uri, known=known)
-        different = {n: (found[n], expected[n]) for n in cases if found[n] != expected[n]}
-        assert different == {}, f"known run: {known}"
-
-
 @pytest.mark.timeout(600)  # some hundred runs
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_calls_on_a_database(sqlite_uri: str, table: dict[str, Call]) -> None:
     """Each call does on a SQLite store what it does with MLflow alone."""
-    assert_equal(part_of_table(table, 3), sqlite_uri)
+    assert_as_by_mlflow(part_of_table(table, 3), sqlite_uri)
 
 
 #: What MLflow's client for servers takes otherwise than its databases do.
@@ -360,7 +303,7 @@ SERVER_TABLES = {"keys": KEYS, "integers": INTEGERS}
 @pytest.mark.parametrize("table", SERVER_TABLES.values(), ids=SERVER_TABLES)
 def test_calls_on_a_server(server_sqlite: MlflowServer, table: dict[str, Call]) -> None:
     """So does each call on a tracking server."""
-    assert_equal(part_of_table(table, 4), server_sqlite.uri, known_only=True)
+    assert_as_by_mlflow(part_of_table(table, 4), server_sqlite.uri, known_only=True)
 
 
 NUMPY_INTEGERS: dict[str, Call] = {
@@ -375,7 +318,7 @@ def test_a_numpy_integer_is_the_integer_that_it_is(sqlite_uri: str, call: Call) 
     """Steps that are NumPy's are stored as on a server, where MLflow's own SQLite store writes
     their bytes, which nothing can read again."""
     mlflow.set_tracking_uri(sqlite_uri)
-    flowbuffer.enable(linger_s=3600.0)
+    flowbuffer.enable(linger_s=HELD)
     with mlflow.start_run() as run:
         call(MlflowClient(), run.info.run_id)
     (point,) = MlflowClient().get_metric_history(run.info.run_id, "k")

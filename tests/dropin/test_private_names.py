@@ -59,7 +59,7 @@ def test_mlflow_has_it(name: str) -> None:
     """Each private name that is used is there."""
     use = PRIVATE_NAMES[name]
     if name.startswith("azureml."):
-        pytest.importorskip("azureml.mlflow")
+        pytest.importorskip("azureml.mlflow", reason="needs flowbuffer[azureml]")
     if not Version(use.since or "0") <= VERSION <= Version(use.until or "9999"):
         pytest.skip(f"MLflow {VERSION} need not have it")
     newer = "" if mlflow.__version__ in CHECKED_IN else f" (it was checked in {CHECKED_IN})"

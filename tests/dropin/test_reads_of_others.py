@@ -16,8 +16,7 @@ from mlflow import MlflowClient
 import flowbuffer
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.clock import SYSTEM_CLOCK
-from flowbuffer.dropin import known_runs
-from flowbuffer.logger import by_run, others
+from flowbuffer.logger import others
 from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.producer_info import this_producer
 from support.backends import MlflowServer, make_run
@@ -25,15 +24,12 @@ from support.jobs import StartJob
 
 
 @pytest.fixture(autouse=True)
-def switched_off() -> Iterator[None]:
-    """No switch, logger or known run passes between tests."""
+def loggers_of_others() -> Iterator[None]:
+    """None of :class:`Elsewhere` passes between tests."""
     yield
-    flowbuffer.disable()
-    for logger in [*by_run.all_loggers(), *Elsewhere.loggers]:
+    for logger in Elsewhere.loggers:
         logger.close(0)
     Elsewhere.loggers.clear()
-    for known in (by_run._loggers, known_runs._runs, others._known, others._in_vain):
-        known.clear()
 
 
 WORKERS = """

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import pickle
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -16,24 +16,16 @@ from mlflow import MlflowClient
 
 import flowbuffer
 from flowbuffer import MetricLogger
-from flowbuffer.dropin import known_runs
-from flowbuffer.logger import by_run
 from support.backends import copy_sqlite
 from support.jobs import StartJob
 
 
 @pytest.fixture(autouse=True)
-def switched_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No switch or logger passes between tests."""
+def variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tracking URI passes between tests, and stores of files are allowed."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that it is taken back
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    yield
-    flowbuffer.disable()
-    for logger in by_run.all_loggers():
-        logger.close(0)
-    by_run._loggers.clear()
-    known_runs._runs.clear()
 
 
 class Site:

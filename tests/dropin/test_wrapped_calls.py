@@ -3,9 +3,10 @@ with MLflow alone, what it does takes effect, and afterwards calls are buffered 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,24 +21,9 @@ from mlflow.tracking._tracking_service.client import TrackingServiceClient
 from mlflow.utils.autologging_utils.client import MlflowAutologgingQueueingClient
 
 import flowbuffer
-from flowbuffer.dropin import known_runs
-from flowbuffer.logger import by_run
 from support.backends import make_run
 from support.stored import rows
-
-HELD = 3600.0
-T = 1_700_000_000_000
-
-
-@pytest.fixture(autouse=True)
-def switched_off() -> Iterator[None]:
-    """No switch, logger or known run passes between tests."""
-    yield
-    flowbuffer.disable()
-    for logger in by_run.all_loggers():
-        logger.close(0)
-    by_run._loggers.clear()
-    known_runs._runs.clear()
+from support.switch import HELD, T
 
 
 def log_all(run_id: str) -> None:
@@ -221,3 +207,87 @@ def test_the_client_of_autologging_fails(sqlite_uri: str) -> None:
         own.flush()
     (run,) = mlflow.search_runs(["0"], output_format="list")
     assert (run.info.status, run.data.metrics) == ("KILLED", {})
+
+
+MOCKED: dict[str, tuple[str, Callable[[], object]]] = {
+    "log_metric": ("log_metric", lambda: mlflow.log_metric("k", 1.0)),
+    "log_metrics": ("log_batch", lambda: mlflow.log_metrics({"k": 1.0})),
+    "log_param": ("log_param", lambda: mlflow.log_param("p", 1)),
+    "log_params": ("log_batch", lambda: mlflow.log_params({"p": 1})),
+    "set_tag": ("set_tag", lambda: mlflow.set_tag("t", 1)),
+    "set_tags": ("log_batch", lambda: mlflow.set_tags({"t": 1})),
+}
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first call", "known run"])
+@pytest.mark.parametrize(("method", "call"), MOCKED.values(), ids=MOCKED)
+def test_what_others_put_in_place_is_called(
+    run_id: str, sqlite_uri: str, method: str, call: Callable[[], object], known: bool
+) -> None:
+    """A test's mock in the place of a client's method, or of the client itself, is called as with
+    MLflow alone, with the same arguments, and nothing else is stored."""
+    with mock.patch.object(MlflowClient, method) as stock:
+        call()
+    flowbuffer.enable(linger_s=HELD)
+    if known:
+        mlflow.log_metric("known", 1.0)
+    with mock.patch.object(MlflowClient, method) as mocked:
+        call()
+    with mock.patch.object(fluent, "MlflowClient") as whole:
+        call()
+    flowbuffer.disable()
+    assert rows(sqlite_uri) == (int(known), 0, 0)
+    for found in (mocked, getattr(whole.return_value, method)):
+        assert len(found.call_args_list) == 1
+        told, expected = found.call_args.kwargs, stock.call_args.kwargs
+        assert told.keys() == expected.keys()
+        assert told["synchronous"] is expected["synchronous"]
+    assert run_id
+
+
+def test_a_function_in_the_place_of_a_method(run_id: str, sqlite_uri: str) -> None:
+    """A plain function that took the place of a client's method is called, too."""
+    calls: list[Any] = []
+    flowbuffer.enable(linger_s=HELD)
+    mlflow.log_metric("known", 1.0)
+    with mock.patch.object(MlflowClient, "log_metric", lambda *_, **kwargs: calls.append(kwargs)):
+        mlflow.log_metric("k", 1.0)
+    assert [call["synchronous"] for call in calls] == [True]
+    assert rows(sqlite_uri) == (0, 0, 0)
+    assert run_id
+
+
+@pytest.mark.usefixtures("run_id")
+def test_what_others_put_in_place_stays(sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """disable leaves alone what somebody else has put in the place of ours; ours, put back by them
+    afterwards, is MLflow's own."""
+    monkeypatch.setattr(MlflowClient, "log_metric", MlflowClient.log_metric)  # taken back
+    flowbuffer.enable(linger_s=HELD)
+    with mock.patch.object(MlflowClient, "log_metric") as mocked:
+        flowbuffer.disable()
+        assert MlflowClient.log_metric is mocked
+    assert not hasattr(MlflowClient.log_batch, "flowbuffers")
+    assert hasattr(MlflowClient.log_metric, "flowbuffers")
+    mlflow.log_metric("k", 1.0)
+    assert rows(sqlite_uri) == (1, 0, 0)
+    assert not Path("spool").exists()
+
+
+def test_a_subclass_of_the_client(run_id: str, sqlite_uri: str) -> None:
+    """A client of one's own class is buffered, too, and its own methods are called."""
+
+    class Own(MlflowClient):  # type: ignore[misc]
+        called = 0
+
+        def log_metric(self, *args: Any, **kwargs: Any) -> Any:
+            Own.called += 1
+            return super().log_metric(*args, **kwargs)
+
+    flowbuffer.enable(linger_s=HELD)
+    own = Own()
+    for value in range(3):
+        own.log_metric(run_id, "k", value, step=value)
+    own.log_param(run_id, "p", 1)
+    assert (Own.called, rows(sqlite_uri)) == (3, (0, 0, 0))
+    flowbuffer.disable()
+    assert rows(sqlite_uri) == (3, 1, 0)

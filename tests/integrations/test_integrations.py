@@ -9,12 +9,9 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import pickle
-import subprocess
 import sys
 from argparse import Namespace
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ import pytest
 from flowbuffer import Settings
 from flowbuffer.commands import cli
 from support.backends import client, histories, history, make_run
+from support.jobs import run_to_end
 from support.waiting import PATIENCE_S
 
 # Of the frameworks and of what they import; nothing that flowbuffer could do differently.
@@ -34,6 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+#: Why a test is skipped.
+NOT_HERE = "it comes with the dependency group 'integrations'"
 NOWHERE = "http://127.0.0.1:1"
 LIGHTNING = "lightning.pytorch.loggers.logger"
 PYTORCH_LIGHTNING = "pytorch_lightning.loggers.logger"
@@ -78,26 +78,6 @@ def synced(spool: Path, uri: str) -> str:
     assert cli.main(sync) == 0
     (run_id,) = run_ids(uri)
     return run_id
-
-
-def program(script: Path, uri: str, *arguments: str) -> str:
-    """Run a Python program to its end, and whatever it started; what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, str(script), *arguments],
-        env={**os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=PATIENCE_S)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)  # of its own session: what it started
-        process.communicate()
-    assert process.returncode == 0, err
-    return out
 
 
 @pytest.mark.parametrize(
@@ -190,7 +170,7 @@ class Framework:
 
 @pytest.fixture
 def lightning() -> Framework:
-    pl = pytest.importorskip("lightning.pytorch")
+    pl = pytest.importorskip("lightning.pytorch", reason=NOT_HERE)
     return Framework(pl, importlib.import_module("flowbuffer.integrations.lightning"))
 
 
@@ -240,7 +220,7 @@ def test_a_lightning_training_that_raises(lightning: Framework, uri: str) -> Non
 
 def test_pytorch_lightning_alone(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only pytorch_lightning is installed, it is that one's logger."""
-    pl = pytest.importorskip("pytorch_lightning")
+    pl = pytest.importorskip("pytorch_lightning", reason=NOT_HERE)
     monkeypatch.setitem(sys.modules, LIGHTNING, None)
     monkeypatch.delitem(sys.modules, "flowbuffer.integrations.lightning", raising=False)
     framework = Framework(pl, importlib.import_module("flowbuffer.integrations.lightning"))
@@ -294,10 +274,10 @@ if __name__ == "__main__":
 def test_two_lightning_processes(uri: str, tmp_path: Path) -> None:
     """Of two ddp processes, rank 0 alone logs: one run, with its losses in order and, where
     Lightning reduces, the means."""
-    pytest.importorskip("lightning.pytorch")
+    pytest.importorskip("lightning.pytorch", reason=NOT_HERE)
     script = tmp_path / "train.py"
     script.write_text(DDP)
-    program(script, uri, "ddp")
+    run_to_end([sys.executable, str(script), "ddp"], uri)
     (run_id, first), (nothing, second) = (
         json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)
     )
@@ -466,8 +446,8 @@ class Transformers:
 
 @pytest.fixture
 def transformers() -> Transformers:
-    library = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    library = pytest.importorskip("transformers", reason=NOT_HERE)
+    pytest.importorskip("accelerate", reason=NOT_HERE)
     name = "flowbuffer.integrations.transformers"
     return Transformers(library, importlib.import_module(name).FlowbufferCallback)
 
@@ -590,8 +570,8 @@ def test_transformers_offline(
 
 def test_the_pytorch_example(uri: str) -> None:
     """It runs, finds every loss in MLflow, and what the data loader's workers logged."""
-    pytest.importorskip("torch")
-    out = program(EXAMPLES / "pytorch.py", uri, "--steps", "200")
+    pytest.importorskip("torch", reason=NOT_HERE)
+    out = run_to_end([sys.executable, str(EXAMPLES / "pytorch.py"), "--steps", "200"], uri)
     assert "MLflow has every loss, in order" in out
     (run_id,) = run_ids(uri)
     run = client(uri).get_run(run_id)

@@ -14,9 +14,9 @@ from support.backends import MlflowServer, history, make_run
 from support.faults import FaultProxy, forward, status
 from support.waiting import PATIENCE_S, wait_until
 
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
-pytest.importorskip("ipykernel")
+nbformat = pytest.importorskip("nbformat", reason="scripts/notebook has it")
+nbclient = pytest.importorskip("nbclient", reason="scripts/notebook has it")
+pytest.importorskip("ipykernel", reason="scripts/notebook has it")
 
 #: The client leaves the sockets of a kernel that was restarted to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(

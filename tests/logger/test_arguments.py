@@ -73,7 +73,7 @@ def test_a_run_is_taken_for_its_id(sqlite_uri: str) -> None:
     assert [one.value for one in history(sqlite_uri, run.info.run_id, "k")] == [1.0, 2.0]
     for wrong in (5, {}, ["a"], run.info):
         with pytest.raises(InvalidArgument, match="it must be a run's id"):
-            MetricLogger(wrong)  # type: ignore[arg-type]
+            MetricLogger(wrong)
 
 
 # What is logged.
@@ -108,7 +108,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[MetricLogger], Handle], str]] = {
         "the value of 'a' is {}, a dict .*; it must be a number",
     ),
     "an array for a value": (
-        lambda logger: logger.log_metrics({"a": np.ones(2)}),  # type: ignore[dict-item]
+        lambda logger: logger.log_metrics({"a": np.ones(2)}),
         "the value of 'a' is array.*, a ndarray .*; it must be a number",
     ),
     "a text for a step": (
@@ -154,7 +154,7 @@ def test_whatever_has_items_is_a_dict(sqlite_uri: str) -> None:
 
     run_id = make_run(sqlite_uri)
     with MetricLogger(run_id, tracking_uri=sqlite_uri) as logger:
-        logger.log_metrics(MappingProxyType({"a": np.ones(1)}))  # type: ignore[arg-type]
+        logger.log_metrics(MappingProxyType({"a": np.ones(1)}))
         logger.log_metrics(Pairs())  # type: ignore[arg-type]
         logger.log_params(Pairs())  # type: ignore[arg-type]
     assert [one.value for one in history(sqlite_uri, run_id, "a")] == [1.0, 1.0]

@@ -158,7 +158,7 @@ def test_a_call_may_let_go_of_others_but_not_of_its_own(tmp_path: Path) -> None:
             went.extend([one.let_go(), other.let_go()])
             return 0.25
 
-    one.log_metric("loss", Interrupted())  # type: ignore[arg-type]
+    one.log_metric("loss", Interrupted())
     assert went == [False, True]
     assert one.close(0).pending == 1
     assert other.close(0).pending == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from flowbuffer.spool.writing.places import Places
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.backends import client, history, make_run
+from support.listening import listening
 from support.small_spool import RUN, SmallSpool
 from support.waiting import PATIENCE_S
 
@@ -403,33 +403,17 @@ class Sample:
         for name, content in self.files.items():
             (folder / name).write_bytes(changed.get(name.rpartition(".")[2], content))
         transport = FakeTransport()
-        logger = logging.getLogger("flowbuffer")
-        listener = Listener()
-        logger.addHandler(listener)
-        try:
+        with listening() as said:
             deliver(work, transport)
-        finally:
-            logger.removeHandler(listener)
         counted = tally(folder)
         assert counted is None or counted.pending == 0
         return Outcome(
             of_run(transport.params),
             of_run(transport.tags),
             {(key, step_, value) for _, key, _, step_, value in transport.rows},
-            listener.said,
+            said,
             len(list(dead_letters.read(folder))) if folder.exists() else 0,
         )
-
-
-class Listener(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
 
 
 @pytest.fixture(scope="module")

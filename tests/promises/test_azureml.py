@@ -10,12 +10,12 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from support.azureml import POLLS, POSTS, StartAzureJob, StartService
 from support.collectors import collector_pid, end_collector, is_empty
 from support.jobs import Ended, Job
 from support.waiting import wait_until
@@ -26,43 +26,11 @@ if importlib.util.find_spec("azureml") is None:
 from flowbuffer.testing import ManualClock
 from flowbuffer.testing.azureml import AzureMLEndpoint, Received
 
-POSTS = "runs/log-batch-async"
-POLLS = "runs/get-run-data-status"
-
-StartService = Callable[..., AzureMLEndpoint]
-StartAzureJob = Callable[..., Job]
-
 
 class Script(Job):
     """A program as a user has it: nothing is imported for it."""
 
     BEGIN = ""
-
-
-@pytest.fixture
-def start_service() -> Iterator[StartService]:
-    """Starts workspaces with one job each; they end with the test."""
-    with ExitStack() as services:
-        yield lambda **options: services.enter_context(AzureMLEndpoint(**options))
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[StartAzureJob]:
-    """Starts the processes of a job, with its environment; none outlives the test."""
-    jobs: list[Job] = []
-
-    def start(
-        service: AzureMLEndpoint, code: str, kind: type[Job] = Job, **environment: str
-    ) -> Job:
-        environment = {**service.job_environment(), **environment}
-        script = tmp_path / f"job{len(jobs)}.py"
-        jobs.append(kind(script, service.tracking_uri, service.run_id, code, **environment))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.kill()
-    end_collector(tmp_path / "spool")
 
 
 def values(service: AzureMLEndpoint, key: str = "loss", run_id: str = "") -> list[float]:
@@ -127,12 +95,12 @@ with mlflow.start_run() as run:
 
 @pytest.mark.parametrize("code", [DOCUMENTED_LOOP, DOCUMENTED_BATCH], ids=["loop", "log_batch"])
 def test_the_documented_script(
-    start_service: StartService, start: StartAzureJob, code: str
+    start_service: StartService, start_azure_job: StartAzureJob, code: str
 ) -> None:
     """Microsoft's script, unmodified, with the switch: a thousand values are all there when the
     job ends, in order, in few requests within the limit; its status is left to the service."""
     service = start_service(latency_s=0.05, ingestion_delay_s=1.0)
-    well(start(service, code, Script, **SWITCH).end())
+    well(start_azure_job(service, code, Script, **SWITCH).end())
     assert values(service) == counted(1000)
     run = service.run(service.run_id)
     assert (run.status, run.duplicates) == ("RUNNING", 0)
@@ -146,7 +114,7 @@ def test_the_documented_script(
 
 
 def test_a_run_ends_when_everything_can_be_read(
-    start_service: StartService, start: StartAzureJob
+    start_service: StartService, start_azure_job: StartAzureJob
 ) -> None:
     """A child run, whose status MLflow reports, is FINISHED only once everything of it is ingested,
     parameters and tags included; so is one that is logged to from outside a job."""
@@ -166,7 +134,7 @@ def test_a_run_ends_when_everything_can_be_read(
         log()
         print(other.info.run_id)
     """
-    ended = well(start(service, code, Script, **SWITCH).end())
+    ended = well(start_azure_job(service, code, Script, **SWITCH).end())
     run_ids = re.findall(r"^[0-9a-f-]{36}$", ended.out, re.MULTILINE)
     assert len(run_ids) == 2
     for run_id in run_ids:
@@ -181,7 +149,7 @@ def test_a_run_ends_when_everything_can_be_read(
 
 @pytest.mark.parametrize("delivery", [PROCESS, THREAD], ids=lambda d: d["FLOWBUFFER_DELIVERY"])
 def test_a_429_slows_down_every_lane(
-    start_service: StartService, start: StartAzureJob, delivery: dict[str, str]
+    start_service: StartService, start_azure_job: StartAzureJob, delivery: dict[str, str]
 ) -> None:
     """P5: after each of three 429s no request of any kind, from any lane, reaches the service
     before its Retry-After is over; then everything arrives, in order."""
@@ -199,7 +167,7 @@ def test_a_429_slows_down_every_lane(
     say(f"pending {report.pending}")
     logger.close()
     """
-    job = start(service, code, **delivery)
+    job = start_azure_job(service, code, **delivery)
     job.expect("ready")
     service.throttle(3, retry_after_s=2.0)
     job.tell("go")
@@ -226,7 +194,9 @@ def test_a_429_slows_down_every_lane(
         assert values(service, f"key{key}") == counted(400)
 
 
-def test_a_lower_limit_is_learnt(start_service: StartService, start: StartAzureJob) -> None:
+def test_a_lower_limit_is_learnt(
+    start_service: StartService, start_azure_job: StartAzureJob
+) -> None:
     """A service that takes less than the documented 250 metrics says so once for each lane, and
     gets what it takes; no point is blamed."""
     service = start_service(max_rows=100)
@@ -238,7 +208,7 @@ def test_a_lower_limit_is_learnt(start_service: StartService, start: StartAzureJ
     say(f"{report.delivered} {report.rejected} {report.pending}")
     logger.close()
     """
-    assert "1000 0 0" in well(start(service, code).end()).out
+    assert "1000 0 0" in well(start_azure_job(service, code).end()).out
     assert values(service) == counted(1000)
     assert len(seen(service, POSTS, 400)) <= 4
     sizes = [request.metrics for request in seen(service, POSTS)]
@@ -246,6 +216,8 @@ def test_a_lower_limit_is_learnt(start_service: StartService, start: StartAzureJ
     assert len(sizes) <= 16
 
 
+# The sleeps of these jobs are real: a token is renewed by timers of delivery and of the plugin, in
+# the job, its child and the collector process, and their clocks cannot be turned from here.
 START_WITH_A_TOKEN = """
 mlflow.start_run()
 flowbuffer.log_metric("first", 0)
@@ -278,14 +250,18 @@ os.waitpid(pid, 0)
 
 
 def start_with_a_token(
-    start_service: StartService, start: StartAzureJob, code: str, spool: Path, **environment: str
+    start_service: StartService,
+    start_azure_job: StartAzureJob,
+    code: str,
+    spool: Path,
+    **environment: str,
 ) -> tuple[AzureMLEndpoint, Job]:
     """A job whose token lives for some seconds, with which it has delivered a first point: so many
     that its start, and that of its collector, has taken less than two thirds of them."""
     for lifetime_s in (6.0, 12.0, 25.0, 50.0):
         service = start_service(token_lifetime_s=lifetime_s, ingestion_delay_s=0.2)
         began_s = time.monotonic()
-        job = start(service, code, **environment)
+        job = start_azure_job(service, code, **environment)
         with suppress(AssertionError):  # its token has expired meanwhile
             job.expect("ready")
             if environment["FLOWBUFFER_DELIVERY"] == "process":
@@ -307,13 +283,17 @@ def start_with_a_token(
     ],
 )
 def test_a_token_is_renewed(
-    start_service: StartService, start: StartAzureJob, tmp_path: Path, delivery: str, last: str
+    start_service: StartService,
+    start_azure_job: StartAzureJob,
+    tmp_path: Path,
+    delivery: str,
+    last: str,
 ) -> None:
     """A job that is longer than its token goes on delivering, with no request refused, also from a
     forked child, in which no timer of the plugin lives."""
     code = START_WITH_A_TOKEN + TOKEN_CODE + last
     service, job = start_with_a_token(
-        start_service, start, code, tmp_path / "spool", FLOWBUFFER_DELIVERY=delivery
+        start_service, start_azure_job, code, tmp_path / "spool", FLOWBUFFER_DELIVERY=delivery
     )
     said = well(job.end()).out
     ((key, count),) = re.findall(r"^(here|child) ([0-9]+)$", said, re.MULTILINE)
@@ -325,7 +305,7 @@ def test_a_token_is_renewed(
 
 @pytest.mark.parametrize("forks", [False, True], ids=["here", "in a forked child"])
 def test_a_token_outlives_a_quiet_time(
-    start_service: StartService, start: StartAzureJob, tmp_path: Path, forks: bool
+    start_service: StartService, start_azure_job: StartAzureJob, tmp_path: Path, forks: bool
 ) -> None:
     """A process that logs nothing for longer than its token lives goes on delivering after that."""
     code = """
@@ -344,13 +324,13 @@ def test_a_token_outlives_a_quiet_time(
     """
     code = START_WITH_A_TOKEN + textwrap.dedent(code)
     service, job = start_with_a_token(
-        start_service, start, code, tmp_path / "spool", FORKS=str(int(forks)), **THREAD
+        start_service, start_azure_job, code, tmp_path / "spool", FORKS=str(int(forks)), **THREAD
     )
     assert "pending 0" in job.end().out
     assert values(service) == counted(2)
 
 
-def test_the_service_restarts(start_service: StartService, start: StartAzureJob) -> None:
+def test_the_service_restarts(start_service: StartService, start_azure_job: StartAzureJob) -> None:
     """P5: while the service is away the loop goes on; when it is back everything arrives once, in
     order, what was in ingestion included."""
     service = start_service(ingestion_delay_s=1.0)
@@ -369,7 +349,7 @@ def test_the_service_restarts(start_service: StartService, start: StartAzureJob)
     hear()
     logger.close()
     """
-    job = start(service, code)
+    job = start_azure_job(service, code)
     job.expect("logged")
     wait_until(lambda: seen(service, POSTS))
     service.stop()
@@ -382,7 +362,9 @@ def test_the_service_restarts(start_service: StartService, start: StartAzureJob)
 
 
 @pytest.mark.parametrize("keeps_once", [True, False])
-def test_a_lost_answer(start_service: StartService, start: StartAzureJob, keeps_once: bool) -> None:
+def test_a_lost_answer(
+    start_service: StartService, start_azure_job: StartAzureJob, keeps_once: bool
+) -> None:
     """P4: a batch whose answer was lost after ingestion is sent again, the same to the bit: nothing
     is missing, and a service that keeps equal points once has each once."""
     service = start_service(keeps_once=keeps_once)
@@ -393,7 +375,7 @@ def test_a_lost_answer(start_service: StartService, start: StartAzureJob, keeps_
         logger.log_metric("loss", step, step=step)
     logger.close()
     """
-    well(start(service, code).end())
+    well(start_azure_job(service, code).end())
     assert len(seen(service, POSTS, 0)) == 2
     found = values(service)
     assert sorted(set(found)) == counted(1000)
@@ -403,7 +385,9 @@ def test_a_lost_answer(start_service: StartService, start: StartAzureJob, keeps_
     assert len(found) == 1000 + (0 if keeps_once else duplicates)
 
 
-def test_sigkill(start_service: StartService, start: StartAzureJob, tmp_path: Path) -> None:
+def test_sigkill(
+    start_service: StartService, start_azure_job: StartAzureJob, tmp_path: Path
+) -> None:
     """P1: what a killed trainer logged is delivered by the collector process, which acts as the
     job although MLflow has removed MLFLOW_RUN_ID from the environment."""
     service = start_service(ingestion_delay_s=1.0)
@@ -418,7 +402,7 @@ def test_sigkill(start_service: StartService, start: StartAzureJob, tmp_path: Pa
         say("logged")
         hear()
     """
-    job = start(service, code, **SWITCH)
+    job = start_azure_job(service, code, **SWITCH)
     job.expect("ready")
     assert "run id None" in job.said
     pid = wait_until(lambda: collector_pid(tmp_path / "spool"))
@@ -433,7 +417,7 @@ def test_sigkill(start_service: StartService, start: StartAzureJob, tmp_path: Pa
     assert service.run(service.run_id).duplicates == 0
 
 
-def test_sigterm(start_service: StartService, start: StartAzureJob) -> None:
+def test_sigterm(start_service: StartService, start_azure_job: StartAzureJob) -> None:
     """P7: a job that gets SIGTERM, as at pre-emption, delivers before it ends by it."""
     service = start_service(latency_s=0.05, ingestion_delay_s=1.0)
     code = """
@@ -443,7 +427,7 @@ def test_sigterm(start_service: StartService, start: StartAzureJob) -> None:
     say("logged")
     hear()
     """
-    job = start(service, code, **SWITCH)
+    job = start_azure_job(service, code, **SWITCH)
     job.expect("logged")
     job.process.terminate()
     ended = job.end()
@@ -453,7 +437,7 @@ def test_sigterm(start_service: StartService, start: StartAzureJob) -> None:
 
 
 def test_a_spool_that_was_saved(
-    start_service: StartService, start: StartAzureJob, tmp_path: Path
+    start_service: StartService, start_azure_job: StartAzureJob, tmp_path: Path
 ) -> None:
     """What docs/azureml.md says to do for a node that is taken away: the spool goes into an archive
     when SIGTERM came, and `flowbuffer sync` delivers what is in there, from elsewhere."""
@@ -469,7 +453,7 @@ def test_a_spool_that_was_saved(
     say("logged")
     hear()
     """
-    job = start(
+    job = start_azure_job(
         service, code, FLOWBUFFER_ENABLED="1", FLOWBUFFER_SHUTDOWN_TIMEOUT_S="0.5", **THREAD
     )
     job.expect("ready")
@@ -496,7 +480,9 @@ def test_a_spool_that_was_saved(
     assert is_empty(elsewhere)
 
 
-def test_a_hundred_batches_in_ingestion(start_service: StartService, start: StartAzureJob) -> None:
+def test_a_hundred_batches_in_ingestion(
+    start_service: StartService, start_azure_job: StartAzureJob
+) -> None:
     """100 batches in ingestion at once take one thread that asks, as many threads as before, and
     far fewer polls than one each every second."""
     clock = ManualClock(time.time())
@@ -518,7 +504,7 @@ def test_a_hundred_batches_in_ingestion(start_service: StartService, start: Star
     say("looked")
     logger.close()
     """
-    job = start(service, code)
+    job = start_azure_job(service, code)
     job.expect("ready")
     wait_until(lambda: seen(service, POSTS))
     began_s = time.monotonic()
@@ -540,7 +526,7 @@ def test_a_hundred_batches_in_ingestion(start_service: StartService, start: Star
 
 @pytest.mark.parametrize("waits_for", ["the collector", "its points"])
 def test_it_warns_once_of_too_many_names(
-    start_service: StartService, start: StartAzureJob, tmp_path: Path, waits_for: str
+    start_service: StartService, start_azure_job: StartAzureJob, tmp_path: Path, waits_for: str
 ) -> None:
     """More names than Azure ML documents are delivered, and the process that trains is told once,
     before the service refuses, whether the collector process delivers or it does itself."""
@@ -567,7 +553,7 @@ def test_it_warns_once_of_too_many_names(
         logger.log_metric(f"name{n}", 0.0)
     logger.close()
     """
-    job = start(service, code, **PROCESS)
+    job = start_azure_job(service, code, **PROCESS)
     job.expect("ready")
     if waits_for == "the collector":
         wait_until(lambda: collector_pid(tmp_path / "spool"))
@@ -579,7 +565,7 @@ def test_it_warns_once_of_too_many_names(
 
 
 def test_outside_a_job_nothing_prompts(
-    start_service: StartService, start: StartAzureJob, tmp_path: Path
+    start_service: StartService, start_azure_job: StartAzureJob, tmp_path: Path
 ) -> None:
     """Without a job's token the collector process asks for credentials that need nobody; where
     there are none it opens no browser and asks for no code, keeps the points, and the process that
@@ -602,7 +588,7 @@ def test_outside_a_job_nothing_prompts(
     browser.chmod(0o700)
     names = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_RUN_ID", "AZUREML_RUN_ID", "AZURE_TENANT_ID")
     nothing = dict.fromkeys(names, "")
-    job = start(
+    job = start_azure_job(
         service,
         code,
         **PROCESS,

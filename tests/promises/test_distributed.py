@@ -5,12 +5,9 @@ The value of a point tells who logged it and in which place; all of them share k
 """
 
 import json
-import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,9 @@ import pytest
 from flowbuffer import SettingError, Settings
 from support.backends import make_run
 from support.collectors import end_collector, is_empty, is_free
-from support.jobs import StartJob, Store
+from support.jobs import StartJob, Store, run_to_end
 from support.many_processes import run
-from support.waiting import PATIENCE_S, wait_until
+from support.waiting import wait_until
 
 WHO = 100_000
 POINTS = 400
@@ -54,22 +51,7 @@ def by_process(spool: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def launched(script: Path, code: str, launcher: list[str], uri: str, **environment: str) -> str:
     """Run a program under a launcher to its end; what it said."""
     script.write_text(textwrap.dedent(BEGIN) + textwrap.dedent(code))
-    process = subprocess.Popen(
-        [*launcher, str(script)],
-        env={**os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=PATIENCE_S)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)  # of its own session: the processes that it launched
-        process.communicate()
-    assert process.returncode == 0, err
-    return out
+    return run_to_end([*launcher, str(script)], uri, **environment)
 
 
 def wait_for_delivery(spool: Path) -> None:
@@ -94,7 +76,7 @@ def assert_whole(store: Store, points: dict[int, int]) -> None:
 def test_torchrun_with_data_loaders(store: Store, sqlite_uri: str, tmp_path: Path) -> None:
     """Four ranks that train together, each with a data loader's worker, log to one run: all of
     their points arrive, in order for each, and each knows its rank."""
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="scripts/distributed has it")
     run_id = make_run(sqlite_uri)
     code = """
     import torch, torch.distributed
@@ -135,7 +117,7 @@ def test_torchrun_with_data_loaders(store: Store, sqlite_uri: str, tmp_path: Pat
 def test_mpi(store: Store, sqlite_uri: str, tmp_path: Path) -> None:
     """Three processes of an MPI job log to the run that the first of them started, and each knows
     its rank."""
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="scripts/distributed has it")
     mpiexec = Path(sys.executable).with_name("mpiexec")
     if not mpiexec.exists():
         pytest.skip("there is no mpiexec beside this Python")

@@ -8,7 +8,6 @@ collector without threads or time. Real jobs and collector processes come after 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import socket
@@ -42,6 +41,7 @@ from flowbuffer.spool.tally import tally
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 from support.collectors import collector_pid, end_collector, is_empty
+from support.listening import listening
 from support.waiting import PATIENCE_S, wait_until
 
 RUN = "0123456789abcdef0123456789abcdef"
@@ -161,27 +161,6 @@ def untouched(outside: Path) -> Iterator[None]:
 
 
 # A spool without processes.
-
-
-class Listener(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
-@contextmanager
-def listening() -> Iterator[list[str]]:
-    listener = Listener()
-    logging.getLogger("flowbuffer").addHandler(listener)
-    try:
-        yield listener.said
-    finally:
-        logging.getLogger("flowbuffer").removeHandler(listener)
 
 
 @dataclass

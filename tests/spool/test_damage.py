@@ -27,6 +27,7 @@ from flowbuffer.spool.producer_info import this_producer
 from flowbuffer.spool.reading.reader import Reader
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
+from support.listening import listening
 from support.sampling import part_of
 
 RUN = "0123456789abcdef0123456789abcdef"
@@ -140,17 +141,6 @@ def made(root: Path) -> dict[str, bytes]:
     return files
 
 
-class Listener(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
 def collected(root: Path) -> tuple[set[Row], list[str]]:
     """What a collector delivers of a spool, and what it says."""
     transports: dict[str, FakeTransport] = {}
@@ -161,20 +151,15 @@ def collected(root: Path) -> tuple[set[Row], list[str]]:
     settings = Settings(spool_dir=root, delivery="inline", linger_s=0)
     clock = ManualClock(1_700_000_100.0)
     collector = Collector(Spool(root), settings, clock, connect)
-    listener = Listener()
-    logger = logging.getLogger("flowbuffer")
-    logger.addHandler(listener)
-    try:
+    with listening() as said:
         for _ in range(20):
             collector.step(hurry=True)
             clock.turn(0.1)
             if not collector.streams:
                 break
-    finally:
-        logger.removeHandler(listener)
     assert not collector.streams, "the spool was not read to its end"
     rows = {(row, uri) for uri, transport in transports.items() for row in transport.rows}
-    return rows, listener.said
+    return rows, said
 
 
 @pytest.fixture(scope="module")

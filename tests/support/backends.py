@@ -208,3 +208,23 @@ def histories(uri: str, run_id: str) -> "dict[str, list[Metric]]":
     """`history` of every metric of the run."""
     keys = client(uri).get_run(run_id).data.metrics
     return {key: history(uri, run_id, key) for key in sorted(keys)}
+
+
+BACKENDS = ("sqlite", "server-sqlite", "server-postgres")
+
+
+@contextmanager
+def backend(name: str, folder: Path) -> Iterator[tuple[str, str]]:
+    """One of them, fresh: the URI to log to, and that of its store."""
+    if name == "sqlite":
+        uri = new_sqlite(folder / "mlflow.db")
+        yield uri, uri
+    elif name == "server-sqlite":
+        uri = new_sqlite(folder / "mlflow.db")
+        with MlflowServer(uri, folder) as server:
+            yield server.uri, uri
+    else:
+        with Postgres() as postgres:
+            uri = postgres.new_database()
+            with MlflowServer(uri, folder) as server:
+                yield server.uri, uri

@@ -96,6 +96,26 @@ class Job:
 StartJob = Callable[..., Job]
 
 
+def run_to_end(command: list[str], uri: str, **environment: str) -> str:
+    """Run a program that logs to `uri` to its good end, and whatever it started; what it said."""
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=PATIENCE_S)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # of its own session: what it started
+        process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
 @dataclass
 class Store:
     """What is in the SQLite store, seen from outside."""

@@ -5,15 +5,13 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flowbuffer import Settings
-from support.backends import MlflowServer, Postgres, new_sqlite, working_directory
+from support.backends import BACKENDS, backend, working_directory
 from support.workload import Workload, run
 
 WORKLOADS = (
@@ -24,36 +22,18 @@ WORKLOADS = (
 )
 
 
-@contextmanager
-def backend(name: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """The URI to log to, and that of its store."""
-    if name == "sqlite":
-        uri = new_sqlite(folder / "mlflow.db")
-        yield uri, uri
-    elif name == "server-sqlite":
-        uri = new_sqlite(folder / "mlflow.db")
-        with MlflowServer(uri, folder) as server:
-            yield server.uri, uri
-    else:
-        with Postgres() as postgres:
-            uri = postgres.new_database()
-            with MlflowServer(uri, folder) as server:
-                yield server.uri, uri
-
-
 def main() -> int:
     """0 if every point came back, in order, with the time of its call."""
-    names = ["sqlite", "server-sqlite", "server-postgres"]
     parser = argparse.ArgumentParser("scripts/order", description=__doc__)
     parser.add_argument("--points", type=int, default=50_000, help="of each of the threads")
     parser.add_argument("--threads", type=int, default=8)
-    parser.add_argument("--backend", choices=names, action="append", help="default: all three")
+    parser.add_argument("--backend", choices=BACKENDS, action="append", help="default: all three")
     parser.add_argument("--workload", type=int, choices=range(len(WORKLOADS)), action="append")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the servers end, too
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     good = True
-    for name in given.backend or names:
+    for name in given.backend or BACKENDS:
         with (
             tempfile.TemporaryDirectory() as folder,
             working_directory(Path(folder)),

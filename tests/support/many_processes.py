@@ -11,26 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.backends import (
-    MlflowServer,
-    Postgres,
-    histories,
-    make_run,
-    new_sqlite,
-    working_directory,
-)
+from support.backends import BACKENDS, backend, histories, make_run, working_directory
 from support.collectors import end_collector, is_empty
 from support.waiting import wait_until
 
 KEYS = 10
-BACKENDS = ("sqlite", "server-sqlite", "server-postgres")
 _PROCESS = 1 << 24  # the value of a point tells its process and its index
 
 
@@ -119,23 +109,6 @@ def check(uri: str, run_id: str, processes: int, points: int) -> list[Verdict]:
     for verdict, there in zip(verdicts, seen, strict=True):
         verdict.lost = there.count(0)
     return verdicts
-
-
-@contextmanager
-def backend(name: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """The URI to log to, and that of its store."""
-    if name == "sqlite":
-        uri = new_sqlite(folder / "mlflow.db")
-        yield uri, uri
-    elif name == "server-sqlite":
-        uri = new_sqlite(folder / "mlflow.db")
-        with MlflowServer(uri, folder) as server:
-            yield server.uri, uri
-    else:
-        with Postgres() as postgres:
-            uri = postgres.new_database()
-            with MlflowServer(uri, folder) as server:
-                yield server.uri, uri
 
 
 def main() -> int:

@@ -63,4 +63,4 @@ def rows(uri: str) -> tuple[int, int, int]:
         return tuple(
             connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
             for table in ("metrics", "params", "tags WHERE key NOT LIKE 'mlflow.%'")
-        )  # type: ignore[return-value]
+        )

@@ -103,7 +103,7 @@ class Runs:
         return self._experiment or first or environment_experiment()[1] or "Default"
 
 
-def end_run(server: Server, run_id: str, *, failed: bool) -> None:
+def end_created_run(server: Server, run_id: str, *, failed: bool) -> None:
     """Mark a run ended that sync created. Ending it again changes nothing, but to FAILED.
 
     Raises:

@@ -105,10 +105,10 @@ def _ordered(rows: list[ProducerStatus]) -> tuple[ProducerStatus, ...]:
         age_s = math.inf if row.started_s is None else row.started_s
         ages[row.run_id] = min(age_s, ages.get(row.run_id, math.inf))
 
-    def place(row: ProducerStatus) -> tuple[float, str, int, int]:
+    def order(row: ProducerStatus) -> tuple[float, str, int, int]:
         return ages[row.run_id], row.run_id, row.rank or 0, row.pid or 0
 
-    return tuple(sorted(rows, key=place))
+    return tuple(sorted(rows, key=order))
 
 
 def collector(root: Path) -> tuple[bool, int | None]:

@@ -14,7 +14,7 @@ from flowbuffer.backends.uris import absolute_uri
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.collector.collector import Collector
 from flowbuffer.collector.destinations import Destination
-from flowbuffer.commands.runs import Runs, end_run
+from flowbuffer.commands.runs import Runs, end_created_run
 from flowbuffer.commands.servers import Server
 from flowbuffer.commands.targets import Target
 from flowbuffer.delivery.retry import RetryPolicy
@@ -152,7 +152,7 @@ class _Sync:
         self._policy = RetryPolicy(most_s=5.0, unauthorised_s=5.0)
         self._targets: list[Target] = []
         self._elsewhere: list[_Run] = []  # runs that may have to be created
-        self._places: dict[bytes, Destination] = {}  # by the text of producer.json
+        self._destinations: dict[bytes, Destination] = {}  # by the text of producer.json
         self._left: dict[str, str] = {}
         self._start_s = self._look_at_s = SYSTEM_CLOCK.monotonic_s()
         self._start_ns = SYSTEM_CLOCK.now_ns()
@@ -172,9 +172,9 @@ class _Sync:
                 continue
             if target is not None and run_id in (None, target.info.run_id):
                 self._targets.append(target)
-        self._place()
+        self._choose_destinations()
 
-    def _place(self) -> None:
+    def _choose_destinations(self) -> None:
         """Decide where each folder goes, as far as that needs no server."""
         if any(target.before.pending for target in self._targets):
             import mlflow
@@ -191,7 +191,7 @@ class _Sync:
             logs = living and not closed_outcome(target.folder)
             if not target.before.pending:  # no server is needed to see that it is settled
                 target.settled = living
-                self._places[info.to_json()] = Destination(info.tracking_uri, info.run_id)
+                self._destinations[info.to_json()] = Destination(info.tracking_uri, info.run_id)
             elif logs and (moved or info.delivery == OFFLINE):
                 how = "is offline" if info.delivery == OFFLINE else f"logs to {info.tracking_uri}"
                 target.given_up = f"process {info.pid} runs, and {how}; sync again when it ended"
@@ -199,7 +199,7 @@ class _Sync:
                 run = runs.setdefault((uri, info.run_id), _Run(Server(uri), uri, info.run_id))
                 run.targets.append(target)
             else:
-                self._places[info.to_json()] = Destination(uri, info.run_id)
+                self._destinations[info.to_json()] = Destination(uri, info.run_id)
         self._elsewhere = list(runs.values())
 
     def _uri_of(self, info: ProducerInfo) -> str:
@@ -211,7 +211,7 @@ class _Sync:
         return info.tracking_uri
 
     def _destination(self, info: ProducerInfo) -> Destination | None:
-        return self._places.get(info.to_json())
+        return self._destinations.get(info.to_json())
 
     # Working.
 
@@ -242,7 +242,7 @@ class _Sync:
                 if not all(target.over for target in run.targets):
                     self._find_run(run)
             elif self._is_to_end(run):
-                end_run(run.server, run.there, failed=run.failed)
+                end_created_run(run.server, run.there, failed=run.failed)
                 run.ended = True
             run.attempt, run.reason = 0, ""
         except TransportError as error:
@@ -259,7 +259,7 @@ class _Sync:
         run.there = self._runs.find(run.server, run.run_id, infos, failed=run.failed)
         if run.there is not None:
             for info in infos:
-                self._places[info.to_json()] = Destination(run.tracking_uri, run.there)
+                self._destinations[info.to_json()] = Destination(run.tracking_uri, run.there)
             self._look_at_s = 0.0
 
     def _is_to_end(self, run: _Run) -> bool:
@@ -297,7 +297,7 @@ class _Sync:
         if now_s >= target.hurry_at_s:
             target.hurry_at_s = now_s + _HURRY_EVERY_S
             target.hurry()
-        if own or target.info.to_json() not in self._places:
+        if own or target.info.to_json() not in self._destinations:
             return
         if has_producer(folder) or FileLock.is_held(folder / "reader.lock"):
             target.untaken_since_s = None

@@ -32,7 +32,8 @@ class NotBuffered(Exception):
 
 
 def looks(check: Callable[P, T]) -> Callable[P, T]:
-    """A function that only looks: whatever goes wrong there, MLflow is to find it."""
+    """A check of what a caller gave, in which whatever goes wrong is :class:`NotBuffered`: MLflow
+    takes the call then, and raises what it finds."""
 
     @wraps(check)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -59,7 +60,7 @@ def exact_text(given: Any, *, over_http: bool) -> str:
 
 
 def exact_key(given: Any, *, over_http: bool) -> str | MetricKey:
-    """A key that MLflow takes."""
+    """A key as it is logged, if MLflow takes it."""
     if isinstance(given, MetricKey):
         text = checked_key(exact_text(given.key, over_http=over_http))
         key = replace(given, key=text)
@@ -109,7 +110,8 @@ def exact_texts(kind: int, given: Mapping[Any, Any], *, over_http: bool) -> dict
 
 
 def are_certain(*sequences: Any) -> bool:
-    """Whether they can be gone through any number of times."""
+    """Whether they can be gone through any number of times: what cannot is left to MLflow as it was
+    given."""
     return all(type(sequence) in (list, tuple) for sequence in sequences)
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.dropin.synchronous import Mode
 from flowbuffer.logger.by_run import run_settings
-from flowbuffer.settings.environment import environment_place
+from flowbuffer.settings.environment import environment_job_place
 
 Original = Callable[..., Any]
 
@@ -66,10 +66,11 @@ class Calls:
         self._clients = sys.modules[client.__module__]
         self._get_store = utils._get_store
         self._utils = utils
-        self._silent = not run_settings().logs(environment_place().rank)
+        self._silent = not run_settings().logs(environment_job_place().rank)
 
     def _reaches_store(self, method: str) -> bool:
-        """Whether nothing is in the way from a client's method to the store."""
+        """Whether a call of a client's method comes to the store with nobody's wrapper or mock in
+        between; it is MLflow's own call where one is, so that it sees it."""
         tracking_client = self._tracking_client
         return (
             getattr(tracking_client, method) is self._stores.get(method)
@@ -79,8 +80,8 @@ class Calls:
 
     @staticmethod
     def _has_own_clock() -> bool:
-        """Whether nobody has put another clock in place: MLflow would go by it, and ours does
-        not."""
+        """Whether ``time.time`` is Python's: with another clock there calls are MLflow's own, which
+        goes by it, as ours does not."""
         return time.time is _time
 
     def _buffers(self, mode: Mode) -> bool:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowbuffer.dropin.arguments import NotBuffered
+from flowbuffer.dropin.buffered_run import BufferedRun
 from flowbuffer.dropin.calls import Calls, Original
-from flowbuffer.dropin.known_runs import BufferedRun, known_run
+from flowbuffer.dropin.known_runs import known_run
 from flowbuffer.dropin.synchronous import ABSENT, OwnTime, answer, mode_of
 from flowbuffer.logger.active_run import current_uri
 from flowbuffer.logger.handle import Handle
 
-#: What the short way answers where it cannot be taken.
+#: What the short way answers where it cannot be taken: the caller goes the long one.
 _LONG = object()
 
 
@@ -62,8 +63,8 @@ class Functions(Calls):
         return _LONG
 
     def _is_ours(self, method: str) -> bool:
-        """Whether nobody has put something else, like a test's mock, in the place of our method, or
-        of what it calls, which is to be called then."""
+        """Whether our method of the client, and what it calls, is in its place; what somebody else
+        has put there, like a test's mock, is called by way of MLflow's own function."""
         client = self._client
         return (
             self._fluent.MlflowClient is client
@@ -72,11 +73,13 @@ class Functions(Calls):
         )
 
     def _handed_on(self, method: str, synchronous: Any) -> Any:
-        """What MLflow's own function is given: only our method knows the object for "not given"."""
+        """``synchronous`` as MLflow's own function is called with it: only our method knows the
+        object for "not given"."""
         return ABSENT if synchronous is None and self._is_ours(method) else synchronous
 
     def _own_time(self, synchronous: Any) -> OwnTime | None:
-        """What our method is given in the place of a time that nobody gave."""
+        """The time to call MLflow's own function with where nobody gave one, by which our method
+        knows that; None lets MLflow take the time."""
         if synchronous is not ABSENT or not self._has_own_clock():
             return None
         return OwnTime(time.time() * 1000)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from flowbuffer.dropin.arguments import NotBuffered, are_certain, key_about
+from flowbuffer.dropin.buffered_run import BufferedRun
 from flowbuffer.dropin.calls import METHODS, Calls, Original
-from flowbuffer.dropin.known_runs import BufferedRun, buffered_run, forget_run, known_run
+from flowbuffer.dropin.known_runs import buffered_run, forget_run, known_run
 from flowbuffer.dropin.synchronous import ABSENT, Mode, answer, mode_of, start_sized_queue
 from flowbuffer.logger.active_run import settled_uri
-from flowbuffer.logger.by_run import flush_run
+from flowbuffer.logger.by_run import wait_for_run
 from flowbuffer.logger.handle import Handle
 
 
@@ -58,7 +59,7 @@ class Methods(Calls):
                     return answer(mode, log(run), otherwise)
             except NotBuffered:
                 pass
-        flush_run(run_id)
+        wait_for_run(run_id)
         stored = store(asked)
         if mode is not Mode.OPERATION and isinstance(run_id, str):
             self._remember(client._tracking_client.tracking_uri, run_id, params)

@@ -11,11 +11,11 @@ def is_as_shipped(owner: Any, name: str) -> bool:
 
     What is defined outside MLflow, like the store of a plugin, is as it was found.
     """
-    places = owner.__mro__ if isinstance(owner, type) else (owner,)
-    for place in places:
-        function = vars(place).get(name)
+    holders = owner.__mro__ if isinstance(owner, type) else (owner,)
+    for holder in holders:
+        function = vars(holder).get(name)
         if function is not None:
-            module = getattr(place, "__module__", None) or place.__name__
+            module = getattr(holder, "__module__", None) or holder.__name__
             return module.split(".")[0] != "mlflow" or _is_mlflows(function)
     return False
 

@@ -151,7 +151,8 @@ PRIVATE_NAMES: Final = {
         "backends/mlflow_client.py", "which schemes are databases"
     ),
     _REST_STORE: Use(
-        "backends/mlflow_client.py backends/translation.py dropin/known_runs.py",
+        "backends/mlflow_client.py backends/translation.py dropin/buffered_run.py"
+        " dropin/known_runs.py",
         "whether a server is asked",
     ),
     f"{_REST_STORE}._call_endpoint": Use(

@@ -15,13 +15,13 @@ from flowbuffer.dropin.known_runs import (
     remember_new,
 )
 from flowbuffer.logger.active_run import current_uri, settled_uri
-from flowbuffer.logger.by_run import flush_all, flush_run, flush_server
+from flowbuffer.logger.by_run import wait_for_run, wait_for_server, wait_for_url
 
 _here = threading.local()
 
 
 def is_reading() -> bool:
-    """Whether this thread is in a call that has waited for what it reads."""
+    """Whether this thread is in a call that has waited for what it reads: its requests need not."""
     return getattr(_here, "reads", False)
 
 
@@ -76,13 +76,13 @@ class Waits:
 
     def _of_run(self, original: Original) -> Original:
         return self._after(
-            original, lambda one, run_id, *_, **__: flush_run(run_id, one.tracking_uri)
+            original, lambda one, run_id, *_, **__: wait_for_run(run_id, one.tracking_uri)
         )
 
     def _of_experiments(self, original: Original) -> Original:
         def wait(client: Any, experiment_ids: Any, *_: Any, **__: Any) -> None:
             asked = frozenset(map(str, experiment_ids or ()))
-            flush_all(
+            wait_for_server(
                 settled_uri(client.tracking_uri),
                 lambda run_id: experiment_of(client, run_id) in asked,
             )
@@ -94,13 +94,15 @@ class Waits:
 
     def get_logged_model(self, original: Original) -> Original:
         """A model has the metrics of any run."""
-        return self._after(original, lambda one, *_, **__: flush_all(settled_uri(one.tracking_uri)))
+        return self._after(
+            original, lambda one, *_, **__: wait_for_server(settled_uri(one.tracking_uri))
+        )
 
     def delete_run(self, original: Original) -> Original:
         """A deleted run, or a restored one, is looked for again."""
 
         def wait(_: Any, run_id: str) -> None:
-            flush_run(run_id)
+            wait_for_run(run_id)
             forget_run(run_id)
 
         return self._after(original, wait)
@@ -118,7 +120,7 @@ def request(original: Original) -> Original:
 
     def request(session: Any, method: str, url: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(url, str) and _READS.search(url) and not is_reading():
-            flush_server(url)
+            wait_for_url(url)
         return original(session, method, url, *args, **kwargs)
 
     return request
@@ -132,7 +134,7 @@ def flush_async_logging(original: Original) -> Original:
     """``AbstractStore.flush_async_logging``: everything that was logged, however it was."""
 
     def flush_async_logging(store: Any) -> Any:
-        flush_all(current_uri())
+        wait_for_server(current_uri())
         return original(store)
 
     return flush_async_logging

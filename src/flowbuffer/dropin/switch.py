@@ -14,7 +14,7 @@ from flowbuffer.dropin.methods import Methods
 from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.dropin.reads import Waits, flush_async_logging, request
 from flowbuffer.forks import in_child
-from flowbuffer.logger.by_run import flush_at_end, use_settings
+from flowbuffer.logger.by_run import use_settings, wait_for_own_runs
 from flowbuffer.settings.settings import Settings
 
 
@@ -83,10 +83,10 @@ def disable() -> None:
         Calls.on = False
         while _replaced:
             owner, name, original, replacement = _replaced.pop()
-            for place in _places_of(owner):
-                if vars(place).get(name) is replacement:
-                    setattr(place, name, original)
-    flush_at_end()
+            for holder in _holders_of(owner):
+                if vars(holder).get(name) is replacement:
+                    setattr(holder, name, original)
+    wait_for_own_runs()
     use_settings(None)
 
 
@@ -121,14 +121,14 @@ def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     setattr(replacement, OURS, True)
     if name in METHODS and isinstance(owner, type):
         Calls.ours[name] = replacement
-    for place in _places_of(owner):
-        if vars(place).get(name) is original:
-            setattr(place, name, replacement)
+    for holder in _holders_of(owner):
+        if vars(holder).get(name) is original:
+            setattr(holder, name, replacement)
     _replaced.append(_Replaced(owner, name, original, replacement))
 
 
-def _places_of(owner: Any) -> list[Any]:
-    """Where a function is: ``mlflow`` has what ``mlflow.tracking.fluent`` has."""
+def _holders_of(owner: Any) -> list[Any]:
+    """Who has a function: ``mlflow`` has what ``mlflow.tracking.fluent`` has."""
     import mlflow
 
     return [owner] if isinstance(owner, type) else [owner, mlflow]

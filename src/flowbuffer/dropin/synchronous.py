@@ -46,7 +46,7 @@ class _Delivery:
         self._handle.wait(timeout)
 
     def done(self) -> bool:
-        """Whether nothing is on its way any more."""
+        """Whether :meth:`result` would return, or raise, at once."""
         return self._handle.done()
 
     def exception(self, timeout: float | None = None) -> Exception | None:

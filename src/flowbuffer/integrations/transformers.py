@@ -16,7 +16,7 @@ except ImportError as error:
     ) from error
 
 from flowbuffer.integrations.loggable import Loggable
-from flowbuffer.logger.active_run import end_run
+from flowbuffer.logger.active_run import mark_ended
 from flowbuffer.logger.metric_logger import MetricLogger, starts_runs
 from flowbuffer.settings.environment import environment_run_id
 from flowbuffer.settings.settings import Settings, settings_with
@@ -187,7 +187,8 @@ class FlowbufferCallback(TrainerCallback):
         from mlflow.exceptions import MlflowException
 
         try:
-            end_run(logger.run_id, self._tracking_uri or "", status)  # the logger is closed first
+            # The logger is closed first.
+            mark_ended(logger.run_id, self._tracking_uri or "", status)
         except MlflowException as error:
             _log.warning("run %s could not be marked %s: %s", logger.run_id, status, error)
 

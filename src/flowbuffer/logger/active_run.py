@@ -169,7 +169,7 @@ def find_run(
     return client.create_run(experiment_id or "0", run_name=name).info.run_id, True
 
 
-def end_run(run_id: str, tracking_uri: str, status: str) -> None:
+def mark_ended(run_id: str, tracking_uri: str, status: str) -> None:
     """Mark a run ended; if it is the active one, it is that no more."""
     import mlflow
 

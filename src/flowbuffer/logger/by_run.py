@@ -68,7 +68,7 @@ def all_loggers() -> list[MetricLogger]:
     return list(_loggers.values())
 
 
-def flush_run(run_id: object, tracking_uri: str = "") -> None:
+def wait_for_run(run_id: object, tracking_uri: str = "") -> None:
     """Wait until what was logged to a run is delivered, by any process with the same spool, for
     ``read_timeout_s`` at most.
 
@@ -79,7 +79,7 @@ def flush_run(run_id: object, tracking_uri: str = "") -> None:
     if not isinstance(run_id, str):
         return  # MLflow will say what is wrong with it
     settings = run_settings()
-    _flush(
+    _wait_for(
         [logger for (_, own_id), logger in list(_loggers.items()) if own_id == run_id],
         folders(settings.resolved_spool_dir(), run_id),
         settings.read_timeout_s,
@@ -87,8 +87,8 @@ def flush_run(run_id: object, tracking_uri: str = "") -> None:
     )
 
 
-def flush_all(tracking_uri: str, is_read: Callable[[str], bool] | None = None) -> None:
-    """:func:`flush_run` of every run of a server.
+def wait_for_server(tracking_uri: str, is_read: Callable[[str], bool] | None = None) -> None:
+    """:func:`wait_for_run` of every run of a server.
 
     Of runs elsewhere, which may be another name of the same server, only those that this process
     logged to, and only while nothing holds them up: what is read then need not wait for a server
@@ -100,7 +100,7 @@ def flush_all(tracking_uri: str, is_read: Callable[[str], bool] | None = None) -
             have to be waited longer than a moment.
     """
     settings = run_settings()
-    _flush(
+    _wait_for(
         [
             logger
             for (uri, _), logger in list(_loggers.items())
@@ -113,28 +113,29 @@ def flush_all(tracking_uri: str, is_read: Callable[[str], bool] | None = None) -
     )
 
 
-def flush_server(url: str) -> None:
-    """:func:`flush_run` of every run of the server that a request goes to."""
+def wait_for_url(url: str) -> None:
+    """:func:`wait_for_run` of every run of the server that a request goes to."""
     settings = run_settings()
-    _flush(
+    _wait_for(
         [logger for (uri, _), logger in list(_loggers.items()) if goes_to(url, uri)],
         folders_under_url(settings.resolved_spool_dir(), url),
         settings.read_timeout_s,
     )
 
 
-def flush_at_end() -> None:
-    """:func:`flush_run` of every run that this process logged to, for ``shutdown_timeout_s``."""
+def wait_for_own_runs() -> None:
+    """:func:`wait_for_run` of every run that this process logged to, for ``shutdown_timeout_s`` at
+    most."""
     settings = run_settings()
     loggers = [logger for logger in all_loggers() if not logger.closed]
     root = settings.resolved_spool_dir()
     found = [
         folder for run_id in {one.run_id for one in loggers} for folder in folders(root, run_id)
     ]
-    _flush(loggers, found, settings.shutdown_timeout_s)
+    _wait_for(loggers, found, settings.shutdown_timeout_s)
 
 
-def _flush(
+def _wait_for(
     loggers: list[MetricLogger],
     found: Iterable[Path],
     timeout_s: float,
@@ -159,7 +160,8 @@ def _flush(
 
 
 def _wait(loggers: list[MetricLogger], others: Others, until_s: float) -> list[MetricLogger]:
-    """Wait for all of it; the loggers that have something pending still."""
+    """Wait for all of it, until then; the loggers that have something pending still, for a longer
+    wait."""
     left = [
         logger
         for logger in loggers

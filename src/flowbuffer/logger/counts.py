@@ -83,7 +83,8 @@ class Ledger:
         )
 
     def is_lost(self) -> bool:
-        """Whether nobody can deliver what is left of the folder, as it was wiped."""
+        """Whether so much of the folder was wiped that nobody can deliver the rest: what is pending
+        counts as unknown then, and is not waited for."""
         try:
             return self._producer.is_gone and not is_there(self._folder / "producer.json")
         except OSError:
@@ -103,7 +104,8 @@ class Ledger:
         }
 
     def is_there(self) -> bool:
-        """Whether a collector still has something to do with the folder, once it is closed."""
+        """Whether a collector still has something to do with the folder, once it is closed; if not,
+        there is nothing to wait for, and no lock to keep."""
         try:
             there = is_there(self._folder)
         except OSError:
@@ -111,7 +113,8 @@ class Ledger:
         return there and not delivery_note(self._folder).done
 
     def is_let_go(self) -> bool:
-        """Whether waiting for a closed producer's points is over, or in vain."""
+        """Whether who waits for the points of a closed producer may stop: all are settled, or what
+        is left cannot be delivered by anybody."""
         return not self.is_there() or self.is_lost() or parked_reason(self._folder) is not None
 
     def last_words(self, report: Report, *, waited: bool) -> list[str]:
@@ -161,7 +164,8 @@ class Ledger:
 
 
 def is_over(folder: Path) -> bool:
-    """Whether waiting for what is in a folder now is over, or in vain."""
+    """Whether who waits for what is in a folder now may stop: all of it is settled, or nobody can
+    deliver what is left."""
     try:
         waiting = Waiting(folder, last_barrier(folder))
     except OSError:

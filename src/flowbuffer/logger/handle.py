@@ -21,8 +21,8 @@ class Handle(tuple[Any, ...]):
     ``close()``, and in a forked child. It can be awaited: ``await handle`` is :meth:`wait`.
     """
 
-    # A tuple (see ``spool.places.Places``): that is the cheapest object to make, and one is made
-    # per call.
+    # A tuple (see ``spool.writing.places.Places``): that is the cheapest object to make, and one is
+    # made per call.
     __slots__ = ()
 
     def wait(self, timeout: float | None = None) -> None:
@@ -92,7 +92,8 @@ class Handle(tuple[Any, ...]):
         return f"<Handle of {named(self)}>"
 
     def _pauses(self) -> Iterator[float]:
-        """Seconds between looks, growing; before the first pause delivery is told to hurry."""
+        """How long to sleep after each look, in s: not at all at first, then longer and longer. Who
+        looks again has delivery told to hurry."""
         pause_s = 0.0
         while True:
             yield pause_s
@@ -109,7 +110,8 @@ class Handle(tuple[Any, ...]):
         return slots
 
     def _outcome(self) -> tuple[bool, DeliveryError | None]:
-        """Whether there is nothing to wait for any more, and what went wrong."""
+        """Whether whoever waits need wait no longer, and the error to raise then, None if all is
+        well. A point that is rejected, or parked, is reason enough to stop."""
         pending = False
         why = [reason for reason in self[1::2] if isinstance(reason, str)]
         for segment, offsets in self._slots().items():

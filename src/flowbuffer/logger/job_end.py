@@ -73,19 +73,19 @@ def watch(logger: EndsWithJob) -> None:
 
 
 def is_watched(logger: EndsWithJob) -> bool:
-    """Whether the end of the logger is still to come."""
+    """Whether the logger is still to be closed at the end: one that is not has ended already."""
     return logger in _watched
 
 
 def unwatch(logger: EndsWithJob) -> None:
-    """The logger has ended."""
+    """The logger has ended: nothing is done with it at the end of the job, or of its run."""
     with _turn:
         if logger in _watched:
             _watched.remove(logger)
 
 
 def is_over() -> bool:
-    """Whether no hook of flowbuffer's comes after what is logged now."""
+    """Whether no hook of flowbuffer's comes after this: a call that logs now delivers it itself."""
     return _is_over
 
 
@@ -117,8 +117,8 @@ def true_status(status: str | None) -> str:
 
 
 def end_own_run(run_id: str, end: Callable[[], None]) -> None:
-    """Have ``end`` mark a run ended that flowbuffer started; a server that does not take it raises
-    nothing."""
+    """Have ``end`` mark a run ended that flowbuffer started. What goes wrong is told, and not
+    raised."""
     _own_ends.add(run_id)
     try:
         end()
@@ -129,7 +129,7 @@ def end_own_run(run_id: str, end: Callable[[], None]) -> None:
 
 
 def _flush_run(run_id: str) -> KeyboardInterrupt | None:
-    """Flush what logs to a run; what interrupted it."""
+    """Flush what logs to a run, before it is marked ended; the interrupt to raise once it is."""
     interrupt = None
     for logger in list(_watched):
         if logger.run_id == run_id:

@@ -16,15 +16,15 @@ from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.collector.deliverers import DeliveryHere, delivery_of, last_error, settings_for
 from flowbuffer.forks import in_child
 from flowbuffer.logger import job_end, open_loggers
-from flowbuffer.logger.active_run import end_run, find_run, run_id_of, settled_uri
+from flowbuffer.logger.active_run import find_run, mark_ended, run_id_of, settled_uri
 from flowbuffer.logger.recorders import Append, Calls, Lenience, around, then
 from flowbuffer.logger.reopening import Reopening
 from flowbuffer.logger.report import Report, Stats
 from flowbuffer.logger.spooling import Spooling
 from flowbuffer.notices import warn_without_gil
-from flowbuffer.settings.environment import Place, environment_experiment, environment_place
+from flowbuffer.settings.environment import JobPlace, environment_experiment, environment_job_place
 from flowbuffer.settings.settings import Settings, settings_with
-from flowbuffer.spool.writing.places import sync
+from flowbuffer.spool.writing.places import fsync_places
 from flowbuffer.spool.writing.producer import Producer
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ class MetricLogger(Reopening):
         self.closes_with_run = False  # or only flushed, when its run is marked ended
         uri = tracking_uri or mlflow.get_tracking_uri()
         self._settings = settings_for(uri, settings_with(settings, changes))
-        self._place = environment_place()
-        self._logs = self._settings.logs(self._place.rank)
+        self._job_place = environment_job_place()
+        self._logs = self._settings.logs(self._job_place.rank)
         start = starts_runs(self._settings)
         self._run_id, self._owns_run = find_run(
             run_id_of(run_id), tracking_uri, start=start, experiment=experiment, name=run_name
@@ -113,14 +113,14 @@ class MetricLogger(Reopening):
         return None if self._spooling is None else self._spooling.folder
 
     def is_held_up(self) -> bool:
-        """Whether something is known to be in the way of delivery."""
+        """Whether the last request for its points failed: who need not wait for them does not."""
         return self.folder is not None and last_error(self.folder) != ""
 
     @property
     def shows_progress(self) -> bool:
         """Whether a person is told how it goes: by one process of each machine, and by none that
         another one started as its worker."""
-        first_here = not self._place.local_rank
+        first_here = not self._job_place.local_rank
         return self._settings.progress == "auto" and first_here and not job_end.is_child()
 
     @property
@@ -241,7 +241,7 @@ class MetricLogger(Reopening):
 
             self._use(
                 PassThrough(
-                    self._run_id, self._uri, stored_key_of(settings, self._place), SYSTEM_CLOCK
+                    self._run_id, self._uri, stored_key_of(settings, self._job_place), SYSTEM_CLOCK
                 )
             )
         else:
@@ -261,7 +261,7 @@ class MetricLogger(Reopening):
                     settings,
                     SYSTEM_CLOCK,
                     delivery.push,
-                    stored_key_of(settings, self._place),
+                    stored_key_of(settings, self._job_place),
                     weakref.WeakMethod(self._reopening),  # one that is dropped is held by nobody
                 )
                 if left is not None:
@@ -288,7 +288,7 @@ class MetricLogger(Reopening):
             self._run_id,
             without_credentials(absolute_uri(self._uri)),
             SYSTEM_CLOCK.now_ns() // 1_000_000,
-            **asdict(self._place),
+            **asdict(self._job_place),
             delivery=OFFLINE if settings.offline else settings.delivery,
             settings=settings.of_delivery(),
             environment=environment,
@@ -306,10 +306,10 @@ class MetricLogger(Reopening):
             self._log_by(around(recorder, self._wrapped))
 
     def _wrapped(self, append: Append, spooling: Spooling | None = None) -> Append:
-        """The method that logs, with what seldom-used settings add to it."""
+        """``append`` with what seldom-used settings add to it, to be called in its place."""
         if spooling is not None:
             if self._settings.durability == "power":
-                append = then(append, sync)
+                append = then(append, fsync_places)
             delivery = spooling.delivery
             if isinstance(delivery, DeliveryHere) and self._settings.delivery == "inline":
                 append = then(append, lambda _: delivery.push())
@@ -350,7 +350,9 @@ class MetricLogger(Reopening):
                 spooling.say_what_is_left(report, waited=wait)
             if self._owns_run:
                 status = job_end.true_status(status)
-                job_end.end_own_run(self._run_id, lambda: end_run(self._run_id, self._uri, status))
+                job_end.end_own_run(
+                    self._run_id, lambda: mark_ended(self._run_id, self._uri, status)
+                )
             job_end.unwatch(self)
         if interrupt is not None and not job_end.patience.final:
             raise interrupt.with_traceback(None)
@@ -380,15 +382,15 @@ class MetricLogger(Reopening):
             self._log_by(Calls(self._reopening))
 
 
-def stored_key_of(settings: Settings, place: Place) -> Callable[[str], str]:
+def stored_key_of(settings: Settings, job_place: JobPlace) -> Callable[[str], str]:
     """Makes the key that is stored from the key that the caller gave."""
-    return lambda key: settings.stored_key(key, place)
+    return lambda key: settings.stored_key(key, job_place)
 
 
 def starts_runs(settings: Settings) -> bool:
     """Whether a logger here starts a run where there is none: not offline, and not on a rank that
     does not log."""
-    return not settings.offline and settings.logs(environment_place().rank)
+    return not settings.offline and settings.logs(environment_job_place().rank)
 
 
 def _unpickled(run_id: str, tracking_uri: str, settings: Settings) -> MetricLogger:

@@ -23,10 +23,11 @@ class OpenLogger(Protocol):
     """A logger that is a producer."""
 
     def used(self) -> object:
-        """Something that is another thing once the logger was used again."""
+        """To be compared with an earlier answer: equal if the logger was not used since then."""
 
     def let_go(self) -> bool:
-        """Be no producer until the next call that logs; False if that cannot be now."""
+        """Be no producer until the next call that logs. False: nothing was changed, because a call
+        is being made, or because it is none."""
 
 
 #: In the order in which they were last seen to be used, with what ``used`` said then. Weakly: one

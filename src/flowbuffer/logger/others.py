@@ -118,14 +118,15 @@ class Others:
                 pass  # it cannot be looked at
 
     def are_over(self) -> bool:
-        """Whether nothing of it is pending any more, or nobody can deliver what is."""
+        """Whether who waits may stop: nothing of it is pending any more, or nobody can deliver what
+        is."""
         for folder, waiting in list(self._left.items()):
             if waiting.is_over() or parked_reason(folder) is not None:
                 self._leave(folder)
         return not self._left
 
     def leave_all_but(self, is_wanted: Callable[[str], bool]) -> None:
-        """Wait only for the runs that are wanted."""
+        """From now on wait only for the runs that are wanted."""
         for folder in list(self._left):
             if not is_wanted(_belongs(folder).run_id):
                 self._leave(folder)
@@ -140,7 +141,8 @@ class Others:
                 delivery.push()
 
     def end(self) -> None:
-        """Nobody waits any more."""
+        """Stop waiting, and remember what was in the way: the next read does not wait for the same
+        in vain."""
         for folder in list(self._left):
             _in_vain[folder] = last_error(folder)
             self._leave(folder)
@@ -167,7 +169,8 @@ class Others:
 
 
 def _is_in_vain(folder: Path) -> bool:
-    """Whether nobody delivers a folder, or a read has waited for it and nothing has changed."""
+    """Whether a read is not to wait for a folder: nobody can deliver it, or an earlier read has
+    waited, and what was in the way then still is."""
     if parked_reason(folder) is not None:
         return True
     return folder in _in_vain and _in_vain[folder] == last_error(folder) != ""

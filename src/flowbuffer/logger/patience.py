@@ -21,7 +21,7 @@ _CAME_IN_A_WAIT = "came_while_flowbuffer_waited"
 
 
 class Patience:
-    """What is left of it in this process.
+    """How long the waits of an end of this process may take, and whether a person cut them short.
 
     Args:
         logged: How many points each logger was given until now, by a key of its own.
@@ -38,7 +38,7 @@ class Patience:
         self.begin()
 
     def begin(self) -> None:
-        """What ends from now on is another end."""
+        """Another end begins: its waits have the whole bound, and nobody has cut them short."""
         self._start_s: float | None = None  # of this end; None until somebody waits
         self._gave_up = False
         self._logged_then: dict[int, int] = {}  # when somebody gave up
@@ -63,7 +63,8 @@ class Patience:
         return self._start_s + bound_s
 
     def succeed(self) -> None:
-        """What this end waited for is delivered: what ends after it is another end."""
+        """What this end waited for is delivered: a wait that comes after it is of another end, with
+        a bound of its own."""
         if not self.final and not self._interrupts:
             self.begin()
 
@@ -73,7 +74,8 @@ class Patience:
 
     @property
     def in_vain(self) -> bool:
-        """Whether a wait of this end gave up, or was interrupted."""
+        """Whether a wait of this end gave up, or was interrupted: a server that may be gone is not
+        tried for minutes then."""
         return self._gave_up or self.interrupted
 
     def interrupt(self, error: KeyboardInterrupt | None = None) -> None:
@@ -90,7 +92,7 @@ class Patience:
 
     @property
     def interrupted(self) -> bool:
-        """Whether this end was cut short."""
+        """Whether this end was cut short: nobody waits in what is left of it."""
         return self._interrupts > 0 or _is_under_way(self.final)
 
     @property

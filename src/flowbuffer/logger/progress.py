@@ -68,7 +68,7 @@ class Progress:
                 self._off = True
 
     def close(self) -> None:
-        """Leave the place to others."""
+        """The wait is over: wipe the line that was drawn, so that what is written next has it."""
         if self._drawn:
             write("\r" + " " * len(self._drawn) + "\r")
             self._drawn = ""

@@ -17,25 +17,26 @@ Append = Callable[..., Places]
 
 
 class Recorder(Protocol):
-    """A producer, or what stands in for one: what becomes of the points of a call, and the places
-    where they are. The arguments are what the caller gave, and may be anything.
+    """A producer, or what stands in for one: it takes the points of a call, and returns where they
+    are, for a handle to ask what became of them. The arguments are what the caller gave, and may be
+    anything.
     """
 
     def append(self, key: str, value: Any, step: Any = None, timestamp: Any = None, /) -> Places:
-        """Of one point."""
+        """Take one point."""
 
     def append_many(
         self, metrics: Mapping[str, Any], step: Any = None, timestamp: Any = None, /
     ) -> Places:
-        """Of one point per key."""
+        """Take one point per key."""
 
     def append_series(
         self, key: str, values: Any, steps: Any = None, timestamps: Any = None, /
     ) -> Places:
-        """Of many points of one key."""
+        """Take many points of one key."""
 
     def append_texts(self, kind: int, texts: Mapping[str, Any], /) -> Places:
-        """Of parameters or, as ``kind`` says, tags."""
+        """Take parameters or, as ``kind`` says, tags."""
 
 
 class Calls:
@@ -77,7 +78,8 @@ class Lenience:
         self._turn = Turn()
 
     def around(self, append: Append) -> Append:
-        """``append``, which raises no :class:`InvalidPoint`."""
+        """``append``, to be called in its place: it counts what it raises as :class:`InvalidPoint`,
+        and returns a place that says why the point is nowhere."""
 
         def append_or_count(*args: Any) -> Places:
             try:
@@ -99,7 +101,7 @@ def _codes(*around: Any) -> set[Any]:
     return {one.__code__ for one in around}
 
 
-#: What is run around a producer's method.
+#: The code of what is run around a producer's method: a thread in it is in a call that logs.
 WRAPPERS: Final = _codes(then(list, lambda _: None), Lenience().around(list))
 
 

@@ -36,12 +36,12 @@ class Reopening(LoggingCalls):
         raise NotImplementedError
 
     def used(self) -> object:
-        """Something that is another thing once it was used again."""
+        """To be compared with an earlier answer: equal if it was not used since then."""
         return None if self._spooling is None else self._spooling.producer.used()
 
     def let_go(self) -> bool:
-        """Be no producer until the next call that logs, which makes it one anew; False if it is
-        none, or a call is being made."""
+        """Be no producer until the next call that logs, which makes it one anew. False: nothing was
+        changed, because a call is being made, or because it is none."""
         if not self._opening.acquire(blocking=False):
             return False
         try:

@@ -72,8 +72,8 @@ class Spooling:
 
     @property
     def is_left_to_others(self) -> bool:
-        """At the end of a child, like a data loader's worker, its parent's job goes on, and the
-        collector process with it: the child need not wait."""
+        """Whether this is a child, like a data loader's worker, that need not wait at its end: its
+        parent's job goes on, and the collector process with it."""
         return isinstance(self.delivery, DeliveryByProcess) and job_end.is_child()
 
     def counts(self) -> dict[str, Any]:
@@ -129,14 +129,20 @@ class Spooling:
         self._wait(lambda: all(map(is_over, left)), deadline_s)
 
     def say_what_is_left(self, report: Report, *, waited: bool) -> None:
-        """Tell it, once."""
+        """Tell a person what of the points is not delivered, or was lost; only the first time.
+
+        Args:
+            report: Of the end.
+            waited: Whether delivery was waited for; else what is pending is no news.
+        """
         if not self._has_told:
             self._has_told = True
             for words in self.ledger.last_words(report, waited=waited):
                 tell(words)
 
     def leave(self) -> None:
-        """Nobody waits any more. Who was interrupted does not even wait for that to be heard."""
+        """Nobody waits for delivery here any more: have it end, unless who waited was interrupted,
+        and does not even wait for that to be heard."""
         if self.before is not None:
             self.before.leave()
         if not self.ledger.is_there():
@@ -146,7 +152,8 @@ class Spooling:
             self.delivery.end()
 
     def _look(self) -> Callable[[], bool]:
-        """Have everything sent; looks whether all of it is settled, or cannot be."""
+        """Have everything sent that was logged until now; what a wait asks again and again, which
+        says whether all of it is settled, or cannot be."""
         waiting = Waiting(self.folder, self._hurry())
         earlier = self.before._look() if self.before is not None else lambda: True
         lost, folder = self.ledger.is_lost, self.folder

@@ -14,7 +14,7 @@ from flowbuffer.settings.values import ENVIRONMENT_PREFIX, nearest, variable_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class JobPlace:
     """The place of this process in a distributed job; None outside one.
 
     Attributes:
@@ -139,7 +139,7 @@ _PLACES = (
 )
 
 
-def environment_place() -> Place:
+def environment_job_place() -> JobPlace:
     """The place of this process in a distributed job, from what started it."""
 
     def whole(name: str) -> int | None:
@@ -148,10 +148,10 @@ def environment_place() -> Place:
 
     for rank, local_rank, world_size in _PLACES:
         if whole(rank) is not None:
-            return Place(
+            return JobPlace(
                 rank=whole(rank), local_rank=whole(local_rank), world_size=whole(world_size)
             )
-    return Place()
+    return JobPlace()
 
 
 def environment_secrets() -> set[str]:

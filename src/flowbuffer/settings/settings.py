@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowbuffer.errors import SettingError, described
-from flowbuffer.settings.environment import Place, said_of_settings
+from flowbuffer.settings.environment import JobPlace, said_of_settings
 from flowbuffer.settings.values import (
     Choice,
     Flag,
@@ -153,7 +153,7 @@ class Settings:
             value = kind.of(said.get(name)) if name in unsaid else getattr(self, name)
             object.__setattr__(self, name, kind.checked(value))
         self.logs(0)
-        self.stored_key("a key", Place())
+        self.stored_key("a key", JobPlace())
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **settings: Any) -> Settings:
@@ -198,14 +198,14 @@ class Settings:
             )
         return rank is None or rank in chosen
 
-    def stored_key(self, key: str, place: Place) -> str:
+    def stored_key(self, key: str, job_place: JobPlace) -> str:
         """``key`` as ``key_template`` has it; outside a distributed job the rank is 0 of 1."""
         try:
             stored = self.key_template.format(
                 key=key,
-                rank=place.rank or 0,
-                local_rank=place.local_rank or 0,
-                world_size=place.world_size or 1,
+                rank=job_place.rank or 0,
+                local_rank=job_place.local_rank or 0,
+                world_size=job_place.world_size or 1,
             )
             if key not in stored:
                 raise ValueError("{key} is missing")

@@ -45,7 +45,7 @@ LEFT_TO_PARENT: Final[Places] = (
 )
 
 
-def sync(places: Places) -> None:
+def fsync_places(places: Places) -> None:
     """Bring the points at these places to the disk itself (``durability="power"``)."""
     for segment in {segment for segment in places[::2] if isinstance(segment, Segment)}:
         try:
