@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.collector import policies
 from flowbuffer.collector.background import Background
 from flowbuffer.collector.collector import Collector
 from flowbuffer.collector.deliverers import DeliveryByProcess
@@ -52,10 +54,8 @@ class Rig:
             self.spool,
             self.settings,
             self.clock,
+            replace(policies.PROCESS, environment="here", max_folders=max_folders),
             lambda *_: self.transport,
-            living=True,
-            environment="here",
-            max_folders=max_folders,
         )
         self.clock.turn(1.0)
         self.shift = Shift(
@@ -63,7 +63,6 @@ class Rig:
             self.clock,
             drain_timeout_s=100.0,
             since_ms=self.now_ms(),
-            environment="here",
         )
         self.clock.turn(1.0)
 
