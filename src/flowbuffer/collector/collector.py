@@ -160,8 +160,7 @@ class Collector:
 
     def leave(self) -> None:
         """Leave every folder to others, whatever is on its way."""
-        for stream in list(self.streams):
-            self.hand_on(stream)
+        self._hand_on(list(self.streams))
 
     def close(self) -> None:
         """Leave every folder, and let go of every connection."""
@@ -252,9 +251,15 @@ class Collector:
             self.hand_on(stream)
 
     def hand_on(self, stream: Stream) -> None:
-        """Leave a folder to others, whatever of it is on its way."""
-        self._forget(stream)
-        stream.hand_on()
+        """Leave a folder to others. If points of it are on their way the other folders of its run
+        go, too, and can be claimed again: a batch may have points of several."""
+        run = list(stream.sender.streams.values())
+        self._hand_on(run if stream.reader.on_their_way else [stream])
+
+    def _hand_on(self, streams: list[Stream]) -> None:
+        for stream in streams:
+            self._forget(stream)
+            stream.hand_on()
 
     def _take_turns(self, count: int, now_s: float) -> None:
         """Hand ``count`` folders on in which nothing is to be done just now, those first that were
@@ -271,8 +276,7 @@ class Collector:
     def _give_up(self, sender: Sender, now_s: float) -> None:
         """What cannot be sent from here is left to the producers that live: their environment may
         have what this one lacks. With credentials refused here that is certain enough to be done
-        at once; else it is done as soon as somebody waits. It is all of a run's folders or none:
-        a batch may have points of several."""
+        at once; else it is done as soon as somebody waits."""
         streams = list(sender.streams.values())
         living = [stream for stream in streams if not stream.reader.finished]
         refused = isinstance(sender.failure, UnauthorisedError)
@@ -282,7 +286,7 @@ class Collector:
         self.refused = self.refused or refused
         for stream in streams:
             self._given_up[stream.path] = math.inf if refused else now_s + _GIVEN_UP_S
-            self.hand_on(stream)
+        self._hand_on(streams)
 
     def _close_transports(self) -> None:
         """Let go of those that nobody uses, but for a few that may be wanted again."""

@@ -22,11 +22,7 @@ from flowbuffer.backends.credentials import redacted
 from flowbuffer.backends.mlflow_client import warm_up
 from flowbuffer.clock import SYSTEM_CLOCK, Clock
 from flowbuffer.collector.collector import Collector
-from flowbuffer.collector.handover import (
-    WAKE_SIGNAL,
-    same_environment,
-    take_collector_lock,
-)
+from flowbuffer.collector.handover import WAKE_SIGNAL, same_environment, take_collector_lock
 from flowbuffer.collector.policies import PROCESS
 from flowbuffer.errors import FlowbufferError, SpoolError
 from flowbuffer.settings.environment import handed_on_ms, handed_on_uri

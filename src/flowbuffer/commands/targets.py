@@ -9,12 +9,7 @@ from flowbuffer.delivery.stream import Stream
 from flowbuffer.spool.files import check_private
 from flowbuffer.spool.layout import SLOT_SIZE
 from flowbuffer.spool.producer_info import ProducerInfo, read_info
-from flowbuffer.spool.segment_files import (
-    closed_outcome,
-    offset_of,
-    segment_numbers,
-    segment_path,
-)
+from flowbuffer.spool.segment_files import closed_outcome, offset_of, segment_numbers, segment_path
 from flowbuffer.spool.tally import Tally, tally, tally_since
 from flowbuffer.spool.waiting import Waiting, last_barrier, want
 from flowbuffer.words import gone

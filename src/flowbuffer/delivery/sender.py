@@ -107,9 +107,8 @@ class Sender:
         self._accepted: list[Part] = []  # the service has them, and does not have them stored yet
         self._encoder = Encoder(run_id, self.keys, self.streams)
         self._rejections = Rejections(clock)
-        self._intake = Intake(
-            run_id, self.streams, self._rejections, window_points or WINDOW_POINTS
-        )
+        window = window_points or WINDOW_POINTS
+        self._intake = Intake(run_id, self.streams, self._rejections, window)
         self._numbers = itertools.count()
         self._stored_requests = 0
         self._not_before_s = self._failed_at_s = -math.inf
