@@ -116,6 +116,32 @@ def test_one_ctrl_c_ends_all_waiting(start_job: StartJob, store: Store, end: str
     assert store.statuses()[-1] == run_status
 
 
+def test_what_the_thread_imports_until_it_stops_changes_no_status(start_job: StartJob) -> None:
+    """A job that Ctrl-C ends has the status of an interrupt, though CPython forgets that where
+    anything is executed from text meanwhile, as modules do that the thread imports."""
+    job = start_job(
+        DOWN
+        + textwrap.dedent(
+            """
+            from flowbuffer.collector.thread import CollectorThread
+            stop = CollectorThread.stop
+
+            def import_and_stop(self):
+                exec("imported = True")
+                stop(self)
+
+            CollectorThread.stop = import_and_stop
+            logger = MetricLogger(shutdown_timeout_s=600)
+            logger.log_metric("loss", 1.0)
+            ending.append(True)
+            logger.flush()
+            """
+        ),
+    )
+    ended = interrupted(job)
+    assert ended.status == -signal.SIGINT, ended.err
+
+
 def test_a_server_that_is_gone_holds_up_no_interrupt(start_job: StartJob) -> None:
     """A run whose server is gone is not marked as ended: that is told, and not tried for long."""
     job = start_job(

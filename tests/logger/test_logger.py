@@ -266,13 +266,22 @@ def test_the_fluent_functions(sqlite_uri: str) -> None:
     assert mlflow.active_run() is not None
 
 
-@pytest.mark.parametrize("delivery", ["inline", "thread"])
-@pytest.mark.parametrize("where", ["Spooling", "job_end.watch"])
+@pytest.mark.parametrize(
+    ("delivery", "where"),
+    [
+        ("thread", "logger.metric_logger.Spooling"),
+        ("inline", "logger.metric_logger.Spooling"),
+        ("thread", "logger.metric_logger.job_end.watch"),
+        ("inline", "logger.metric_logger.job_end.watch"),
+        ("inline", "spool.reading.reader.is_there"),
+        ("inline", "collector.collector.Reader"),
+    ],
+)
 def test_an_opening_that_is_interrupted_holds_nothing(
     sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, delivery: str, where: str
 ) -> None:
     """Ctrl-C while a logger is made leaves its folder to others: this process holds no lock of it,
-    and the next logger works."""
+    though somebody may keep the exception, and the next logger works."""
     run_id = make_run(sqlite_uri)
     settings = Settings.from_env(delivery=delivery)
 
@@ -280,11 +289,12 @@ def test_an_opening_that_is_interrupted_holds_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"flowbuffer.logger.metric_logger.{where}", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        patched.setattr(f"flowbuffer.{where}", interrupt)
+        with pytest.raises(KeyboardInterrupt) as kept:
             MetricLogger(run_id, tracking_uri=sqlite_uri, settings=settings)
     locks = list(settings.resolved_spool_dir().glob("**/*.lock"))
     wait_until(lambda: not any(lock.exists() and FileLock.is_held(lock) for lock in locks))
+    assert kept.value.__traceback__ is not None
     with MetricLogger(run_id, tracking_uri=sqlite_uri, settings=settings) as logger:
         logger.log_metric("loss", 1.0)
     assert [metric.value for metric in history(sqlite_uri, run_id, "loss")] == [1.0]

@@ -32,6 +32,8 @@ _log = logging.getLogger("flowbuffer")
 #: How long who asked for something waits until it is begun, and who ends until a round is over in
 #: which a folder may be deleted, in s. Nothing depends on either but what others see.
 _SOON_S = 1.0
+#: How long who ends waits until the thread stops, in s: it may be importing, on a busy machine.
+_STOPS_S = 5.0
 #: How often a thread that is at work is told again that somebody waits, in s.
 _AGAIN_S = 0.05
 #: How often it is looked whether a folder has to be taken, in s.
@@ -109,7 +111,7 @@ class CollectorThread:
         the process if that is in C++, as parts of NumPy are."""
         self._background.is_over = True
         self._wake.set()
-        self._wait_until(lambda: not self._background.at_work)
+        self._wait_until(lambda: not self._background.at_work, _STOPS_S)
 
     @property
     def is_interrupted(self) -> bool:
@@ -127,8 +129,8 @@ class CollectorThread:
         if self._inline or not self._background.begin():
             self._background.stand_in(self._drain)
 
-    def _wait_until(self, over: Callable[[], bool]) -> None:
-        SYSTEM_CLOCK.wait_until(over, SYSTEM_CLOCK.monotonic_s() + _SOON_S)
+    def _wait_until(self, over: Callable[[], bool], within_s: float = _SOON_S) -> None:
+        SYSTEM_CLOCK.wait_until(over, SYSTEM_CLOCK.monotonic_s() + within_s)
 
     # In the thread, or where there can be none in whoever asks.
 

@@ -223,7 +223,7 @@ def at_the_very_end() -> None:
         stop_threads()
     except KeyboardInterrupt as error:
         patience.interrupt(error)
-        _keep_exit_status()
+    _keep_exit_status()
 
 
 def _status() -> str:

@@ -99,7 +99,7 @@ class MetricLogger(Reopening):
             self._ended = True
             job_end.unwatch(self)
             if self._spooling is not None:
-                self._spooling.delivery.abandon()
+                self._spooling.abandon()
             raise
 
     @property
@@ -254,23 +254,24 @@ class MetricLogger(Reopening):
             directory = delivery.spool.add_producer(
                 self._this_producer(delivery.environment), after, files
             )
-            producer = Producer(
-                directory,
-                delivery.spool,
-                settings,
-                SYSTEM_CLOCK,
-                delivery.push,
-                stored_key_of(settings, self._place),
-                weakref.WeakMethod(self._reopening),  # one that is dropped is held by nobody
-            )
-            if left is not None:
-                producer.go_on_from(left.producer)
             try:
+                producer = Producer(
+                    directory,
+                    delivery.spool,
+                    settings,
+                    SYSTEM_CLOCK,
+                    delivery.push,
+                    stored_key_of(settings, self._place),
+                    weakref.WeakMethod(self._reopening),  # one that is dropped is held by nobody
+                )
+                if left is not None:
+                    producer.go_on_from(left.producer)
                 delivery.begin(directory.path)
                 self._use(Spooling(producer, delivery, shows_progress=self.shows_progress))
             except BaseException:
                 if self._spooling is before:  # else the logger has it, and it is in use
                     delivery.abandon()
+                    directory.lock.release()
                 raise
             if before is not None and before.producer.is_gone:
                 before.leave()

@@ -96,6 +96,11 @@ class Spooling:
         self.producer.directory.lock.release()
         self.leave()
 
+    def abandon(self) -> None:
+        """The making of the logger was interrupted: nobody has it, or could end it."""
+        self.delivery.abandon()
+        self.producer.directory.lock.release()
+
     def flush(self, deadline_s: float | None, *, ends: bool = False) -> None:
         """Wait until everything that was logged before is settled, or cannot be."""
         self.is_wiped()
