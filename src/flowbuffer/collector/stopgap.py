@@ -136,11 +136,12 @@ class Stopgap(CollectorThread):
         ready = wake_collector(self.spool.root, self._environment)
         for folder in self._folders.values():
             if folder.stream not in self.streams:
-                folder.stream = None
+                folder.stream = None  # settled, handed on, or given back with another of its run
             waits = self._waits(folder, now_s)
             if delivery_note(folder.path).unauthorised:
                 folder.kept = True
             if folder.stream is None:
+                # None comes back where the collector process has it, and it is asked again.
                 if (folder.kept or waits) and now_s >= folder.left_until_s:
                     folder.stream = self._collector.add(folder.path, self._users[folder.path][1])
                     folder.since_s = now_s
@@ -150,6 +151,7 @@ class Stopgap(CollectorThread):
             elif not waits:
                 folder.stream.leaving = True
                 folder.insists = False
+            # One that was left in vain is not left again as long as somebody waits.
             elif ready and not folder.insists and now_s - folder.since_s > _HERE_FOR_S:
                 folder.stream.leaving = True
                 folder.left_until_s = now_s + _TAKES_S

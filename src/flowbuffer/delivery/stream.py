@@ -49,7 +49,7 @@ class Stream:
             says so, and may take it back.
         paused: Nothing more is read of it now; what was read goes on its way. The collector says so
             of one that is leaving.
-        is_let_go: As :meth:`let_go` leaves it.
+        is_let_go: It ended by :meth:`let_go`, and not because others may have it.
         ties: Its rule for ties.
         refused: Of points that raised when they were read the letters, for whoever reads to write.
     """
