@@ -293,7 +293,7 @@ def test_a_point_that_breaks_the_store_is_rejected_alone(tmp_path: Path) -> None
     spool.deliver(seconds=300.0)
     assert spool.values("loss") == [float(number) for number in range(40) if number != 7]
     assert len(spool.transport.params) == 39
-    assert (spool.source.reader.delivered, spool.source.reader.rejected) == (78, 2)
+    assert (spool.stream.reader.delivered, spool.stream.reader.rejected) == (78, 2)
 
 
 def test_what_breaks_the_store_lets_others_pass_before_it_is_judged(tmp_path: Path) -> None:
@@ -301,12 +301,12 @@ def test_what_breaks_the_store_lets_others_pass_before_it_is_judged(tmp_path: Pa
     spool = SmallSpool(tmp_path, FakeTransport(answer=poisoned))
     spool.producer.append("loss", 7.0)
     spool.deliver(seconds=200.0)
-    assert spool.source.reader.rejected == 0  # it may be the store: nothing else was stored
+    assert spool.stream.reader.rejected == 0  # it may be the store: nothing else was stored
     spool.producer.append("accuracy", 1.0)
     spool.producer.append("loss", 8.0)
     spool.deliver(seconds=200.0)
     assert (spool.values("accuracy"), spool.values("loss")) == ([1.0], [8.0])
-    assert spool.source.reader.rejected == 1
+    assert spool.stream.reader.rejected == 1
 
 
 @pytest.mark.parametrize("seconds", [60.0, 3600.0])
@@ -321,7 +321,7 @@ def test_a_store_that_fails_for_all_rejects_nothing(tmp_path: Path, seconds: flo
         spool.producer.append(f"k{number % 5}", float(number))
         spool.producer.append_texts(PARAM, {"p": str(number // 50)} if number % 50 == 0 else {})
     spool.deliver(seconds=seconds + 300.0)
-    assert (spool.source.reader.delivered, spool.source.reader.rejected) == (101, 1)
+    assert (spool.stream.reader.delivered, spool.stream.reader.rejected) == (101, 1)
     assert set(spool.transport.params.values()) == {"0"}  # its second value is the one rejected
 
 
@@ -335,4 +335,4 @@ def test_what_is_too_large_alone_is_no_fault_of_a_point(tmp_path: Path) -> None:
         spool.producer.append("loss", float(number))
     spool.deliver(seconds=300.0)
     assert spool.values("loss") == [float(number) for number in range(20)]
-    assert spool.source.reader.rejected == 0
+    assert spool.stream.reader.rejected == 0

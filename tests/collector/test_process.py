@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.collector import policies
 from flowbuffer.collector.background import Background
 from flowbuffer.collector.collector import Collector
 from flowbuffer.collector.deliverers import DeliveryByProcess
@@ -52,10 +54,8 @@ class Rig:
             self.spool,
             self.settings,
             self.clock,
+            replace(policies.PROCESS, environment="here", max_folders=max_folders),
             lambda *_: self.transport,
-            living=True,
-            environment="here",
-            max_folders=max_folders,
         )
         self.clock.turn(1.0)
         self.shift = Shift(
@@ -63,7 +63,6 @@ class Rig:
             self.clock,
             drain_timeout_s=100.0,
             since_ms=self.now_ms(),
-            environment="here",
         )
         self.clock.turn(1.0)
 
@@ -288,6 +287,27 @@ def test_a_folder_that_is_delivered_elsewhere_holds_it(rig: Rig) -> None:
     claim.release()
     assert not rig.work()
     assert rig.transport.history("run", "loss") != []
+
+
+def test_a_folder_that_is_handed_on_holds_up_no_other_of_its_run(rig: Rig) -> None:
+    """A folder can be handed on while its points are in one batch with another producer's, and
+    both go on."""
+    (mine, _), (others, directory) = rig.producer(), rig.producer()
+    rig.transport.decide = lambda _: RetriableError("down")
+    mine.append("mine", 1.0)
+    others.append("others", 1.0)
+    assert not rig.work()
+    (stream,) = (stream for stream in rig.collector.streams if stream.path == directory.path)
+    rig.collector.hand_on(stream)
+    claim = rig.spool.claim(directory.path, living=True)
+    assert claim is not None
+    rig.transport.decide = lambda _: None
+    mine.append("mine", 2.0)
+    assert not rig.work(400)
+    assert [value for *_, value in rig.transport.history("run", "mine")] == [1.0, 2.0]
+    claim.release()
+    assert not rig.work()
+    assert [value for *_, value in rig.transport.history("run", "others")] == [1.0]
 
 
 def test_what_travels_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

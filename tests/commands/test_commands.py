@@ -17,6 +17,7 @@ import pytest
 from flowbuffer import Settings
 from flowbuffer.collector.collector import Collector
 from flowbuffer.collector.handover import collector_lock
+from flowbuffer.collector.policies import THREAD
 from flowbuffer.commands import cli
 from flowbuffer.errors import RejectedError
 from flowbuffer.spool.files import FileLock
@@ -54,7 +55,7 @@ def deliver(spool: Path, transport: FakeTransport) -> None:
     """What a collector does with what dead producers left."""
     clock = ManualClock()
     settings = Settings(spool_dir=spool, linger_s=0)
-    collector = Collector(Spool(spool), settings, clock, lambda *_: transport)
+    collector = Collector(Spool(spool), settings, clock, THREAD, lambda *_: transport)
     for _ in range(20):
         collector.step(hurry=True)
         clock.turn(1.0)

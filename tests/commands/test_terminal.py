@@ -17,6 +17,7 @@ import pytest
 
 from flowbuffer import Settings
 from flowbuffer.collector.collector import Collector
+from flowbuffer.collector.policies import THREAD
 from flowbuffer.commands import cli
 from flowbuffer.errors import RejectedError
 from flowbuffer.settings.settings import kinds_of_settings
@@ -78,7 +79,11 @@ def refuse(spool: Path, reason: str = "too large", **left: Any) -> Path:
     clock = ManualClock()
     transport = FakeTransport(answer=lambda _: RejectedError(reason))
     collector = Collector(
-        Spool(spool), Settings(spool_dir=spool, linger_s=0), clock, lambda *_: transport
+        Spool(spool),
+        Settings(spool_dir=spool, linger_s=0),
+        clock,
+        THREAD,
+        lambda *_: transport,
     )
     for _ in range(20):
         collector.step(hurry=True)

@@ -18,7 +18,7 @@ import pytest
 from flowbuffer.delivery.encoding import Encoder
 from flowbuffer.delivery.key_numbers import RunKeys
 from flowbuffer.delivery.ordering import Backlog, TieRule
-from flowbuffer.delivery.source import Source
+from flowbuffer.delivery.stream import Stream
 from flowbuffer.logger.handle import Handle
 from flowbuffer.spool import dead_letters
 from flowbuffer.spool.layout import PARAM
@@ -73,7 +73,7 @@ STEPS: dict[str, tuple[str, Plant]] = {
         "tie",
         plant(TieRule, "_follow", lambda _, _name, columns, *_a: in_column(columns[3])),
     ),
-    "rows": ("value", plant(Source, "_as_rows", lambda _, block: in_column(block.value))),
+    "rows": ("value", plant(Stream, "_as_rows", lambda _, block: in_column(block.value))),
     "backlog": ("value", plant(Backlog, "add", lambda _, rows, *_a: in_column(rows["value"]))),
     "request": ("value", plant(Encoder, "request", lambda _, rows: in_column(rows["value"]))),
     "text again": ("text", plant(reader, "text_at", lambda *_: True)),
@@ -202,7 +202,7 @@ def test_what_cannot_be_done_now_is_no_points_fault(
         assert spool.values(f"k{key}") == values
     assert not list(dead_letters.read(spool.directory.path))
     assert not list(spool.directory.path.glob("*.damaged"))
-    assert spool.source.reader.problems == []
+    assert spool.stream.reader.problems == []
     assert slot_outcomes(handle[0].path, [handle[1]]) == [Outcome.DELIVERED]
 
 
@@ -233,7 +233,7 @@ def test_a_dead_letter_that_cannot_be_written_now(
 def test_a_letter_that_cannot_be_made(spool: SmallSpool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where even the letter of a point raises, a shorter one is written."""
     STEPS["request"][1](monkeypatch, ERRORS[0])
-    monkeypatch.setattr(Source, "_letter", lambda *_: 1 / 0)
+    monkeypatch.setattr(Stream, "_letter", lambda *_: 1 / 0)
     handle = log(spool, "value")
     spool.deliver()
     check(spool, handle)

@@ -133,7 +133,7 @@ class Delivery(RuleBasedStateMachine):
 
     @invariant()
     def the_window_is_consistent(self) -> None:
-        assert self.spool.source.reader.on_their_way >= 0
+        assert self.spool.stream.reader.on_their_way >= 0
 
     def teardown(self) -> None:
         if not hasattr(self, "spool"):
@@ -143,7 +143,7 @@ class Delivery(RuleBasedStateMachine):
             for key, points in self.logged.items():
                 self.check(key, [point for point in points if point[2] != 13.0])
             assert {row[1] for row in self.spool.transport.rows} <= set(self.logged)
-            assert self.spool.source.reader.problems == []
+            assert self.spool.stream.reader.problems == []
         finally:
             shutil.rmtree(self.root)
 

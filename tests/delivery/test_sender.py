@@ -149,7 +149,7 @@ def test_a_poison_point_is_the_only_dead_letter(tmp_path: Path, poison: int) -> 
     assert len(spool.transport.requests) <= 24
     (letter,) = dead_letters.read(spool.directory.path)
     assert (letter.key, letter.value, letter.reason) == ("k", poison, "400 bad point")
-    assert spool.source.reader.rejected == 1
+    assert spool.stream.reader.rejected == 1
 
 
 def test_several_poison_points(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_too_large_is_split(tmp_path: Path) -> None:
         spool.producer.append("k", float(value))
     spool.deliver()
     assert spool.values("k") == [float(value) for value in range(100)]
-    assert spool.source.reader.rejected == 0
+    assert spool.stream.reader.rejected == 0
 
 
 def test_a_parked_folder_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_ties_go_on_after_a_segment_is_gone(tmp_path: Path) -> None:
         spool.producer.append("k", float(-value))
     spool.deliver()
     assert spool.values("k") == [float(-value) for value in range(20)]
-    assert (spool.source.reader.delivered, spool.source.reader.rejected) == (20, 0)
+    assert (spool.stream.reader.delivered, spool.stream.reader.rejected) == (20, 0)
 
 
 def test_delivered_segments_are_deleted(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_the_window_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         spool.producer.append("k", float(value))
     for _ in range(100):
         spool.sender.step(hurry=True)
-    assert spool.source.reader.on_their_way <= 20 + 8
+    assert spool.stream.reader.on_their_way <= 20 + 8
     spool.deliver()
     assert spool.values("k") == [float(value) for value in range(200)]
 
@@ -344,7 +344,7 @@ def test_a_long_journal_ends_its_segment(tmp_path: Path) -> None:
         spool.deliver()
         spool.sender.step()
     assert len(spool.history("j")) == 100
-    assert spool.source.reader.delivered == 100 * 6001
+    assert spool.stream.reader.delivered == 100 * 6001
     assert spool.spool.used_bytes() < 1 << 20
 
 

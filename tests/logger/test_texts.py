@@ -18,6 +18,7 @@ import pytest
 from flowbuffer import DeliveryError, Handle, InvalidPoint, MetricLogger, Settings
 from flowbuffer.backends.mlflow_transport import Request
 from flowbuffer.collector.collector import Collector
+from flowbuffer.collector.policies import THREAD
 from flowbuffer.commands import cli
 from flowbuffer.errors import RejectedError, RetriableError, SpoolFull, TransportError
 from flowbuffer.metric_key import MetricKey
@@ -101,7 +102,7 @@ def test_a_conflict_rejects_nothing_else(tmp_path: Path) -> None:
     assert of_run(spool.transport.params) == expected
     assert of_run(spool.transport.tags) == {f"t{n}": str(n) for n in range(80)}
     assert [letter.key for letter in dead_letters.read(spool.directory.path)] == ["p37"]
-    assert spool.source.reader.rejected == 1
+    assert spool.stream.reader.rejected == 1
     assert len(spool.transport.requests) <= 2 + 2 * 7 + 2
 
 
@@ -165,9 +166,7 @@ def test_two_producers_keep_their_order(tmp_path: Path) -> None:
     spool = SmallSpool(tmp_path / "spool", transport, segment_slots=64)
     directory = spool.spool.add_producer(this_producer(RUN, "fake://", 0))
     other = spool.new_producer(directory)
-    from flowbuffer.spool.reading.reader import Reader
-
-    spool.sender.add(Reader(directory.path, spool.clock, alive=True))
+    spool.add(directory, alive=True)
     spool.producer.append_texts(TAG, {"t": "a1"})
     spool.producer.append_texts(PARAM, {"p": "a"})
     step(spool)
@@ -210,7 +209,7 @@ def test_a_restart_sends_the_same(tmp_path: Path) -> None:
     assert of_run(spool.transport.tags) == {"t0": "18", "t1": "19", "t2": "17"}
     rows = [*spool.history("loss"), *spool.history("loss\0m-0123\0\0")]
     assert [value for *_, value in sorted(rows)] == [float(-value) for value in range(20)]
-    assert spool.source.reader.rejected == 0
+    assert spool.stream.reader.rejected == 0
 
 
 def test_a_request_that_failed_is_sent_again(tmp_path: Path) -> None:
@@ -270,7 +269,7 @@ def test_other_metrics_do_not_tie(tmp_path: Path) -> None:
         spool.producer.append_texts(TAG, {"loss": "text"})
     spool.deliver()
     assert len({time for _, _, time, *_ in spool.transport.rows}) == 1
-    assert spool.source.ties.moved == 0
+    assert spool.stream.ties.moved == 0
 
 
 # Dead letters.
@@ -280,7 +279,11 @@ def deliver(root: Path, transport: FakeTransport) -> None:
     """What a collector does with what dead producers left."""
     clock = ManualClock()
     collector = Collector(
-        Spool(root), Settings(spool_dir=root, linger_s=0), clock, lambda *_: transport
+        Spool(root),
+        Settings(spool_dir=root, linger_s=0),
+        clock,
+        THREAD,
+        lambda *_: transport,
     )
     for _ in range(20):
         collector.step(hurry=True)
@@ -512,7 +515,7 @@ def test_what_was_settled_stays_settled(tmp_path: Path) -> None:
     spool.new_sender(alive=True)
     step(spool)
     assert len(list(dead_letters.read(spool.directory.path))) == 1
-    assert (spool.source.reader.delivered, spool.source.reader.rejected) == (1, 1)
+    assert (spool.stream.reader.delivered, spool.stream.reader.rejected) == (1, 1)
 
 
 # A full disk.
@@ -552,7 +555,7 @@ def test_no_room_for_a_text(
     assert of_run(spool.transport.tags) == {"after": "2"}
     assert states(places) == [Became.DELIVERED]
     assert not list(dead_letters.read(spool.directory.path))
-    assert spool.source.reader.problems == []
+    assert spool.stream.reader.problems == []
 
 
 def test_a_full_spool_takes_texts_again(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from flowbuffer import FlowbufferError, InvalidPoint, MetricLogger, Settings, Wa
 from flowbuffer.backends.mlflow_transport import Request
 from flowbuffer.collector.collector import Collector
 from flowbuffer.collector.handover import wake_collector
+from flowbuffer.collector.policies import PROCESS, THREAD
 from flowbuffer.errors import RejectedError, RunGoneError, SpoolError, TransportError
 from flowbuffer.logger import job_end
 from flowbuffer.spool import layout
@@ -222,8 +223,8 @@ class Site:
                 Spool(self.root),
                 Settings(spool_dir=self.root, delivery="inline", linger_s=0),
                 clock,
+                PROCESS,
                 lambda *_: transport,
-                living=True,
             )
             for _ in range(rounds):
                 try:
@@ -232,8 +233,7 @@ class Site:
                     outcome.raised.append(error)
                 clock.turn(0.5)
             for stream in list(collector.streams):
-                stream.reader.close()
-                stream.claim.release()
+                stream.hand_on()
         for run_id, key, _, _, _ in sorted(transport.rows, key=lambda row: row[1:3]):
             outcome.values[key] = [v for _, _, v in transport.history(run_id, key)]
         return outcome
@@ -465,7 +465,7 @@ def test_header_fields_of_a_living_producer(tmp_path: Path, offset: int, number:
     spool = Spool(tmp_path / "site")
     directory = spool.add_producer(this_producer(RUN, URI, 0))
     producer = Producer(directory, spool, settings, clock, lambda: None, segment_slots=(8, 8))
-    collector = Collector(spool, settings, clock, lambda *_: transport)
+    collector = Collector(spool, settings, clock, THREAD, lambda *_: transport)
     collector.add(directory.path, URI)
     producer.append("loss", 0.0)
     with (directory.path / "00000000.slots").open("r+b") as file:

@@ -20,6 +20,7 @@ import pytest
 from flowbuffer import Settings
 from flowbuffer.backends.mlflow_transport import Request
 from flowbuffer.collector.collector import POLL_S, Collector
+from flowbuffer.collector.policies import THREAD
 from flowbuffer.errors import RejectedError, TransportError
 from flowbuffer.spool import layout
 from flowbuffer.spool.folders import Spool
@@ -116,7 +117,7 @@ def made(root: Path) -> dict[str, bytes]:
     def refuse(request: Request) -> TransportError | None:
         return RejectedError("no") if -1.0 in request.values else None
 
-    collector = Collector(spool, settings, clock, lambda *_: FakeTransport(answer=refuse))
+    collector = Collector(spool, settings, clock, THREAD, lambda *_: FakeTransport(answer=refuse))
     stream = collector.add(directory.path, URI)
     assert stream is not None
     for index in range(SLOTS):
@@ -134,8 +135,7 @@ def made(root: Path) -> dict[str, bytes]:
             producer.append(("loss", "acc é")[index % 2], index / 7, step=100 + index)
         clock.turn(0.01)
     files = {path.name: path.read_bytes() for path in directory.path.iterdir()}
-    stream.reader.close()
-    stream.claim.release()
+    stream.hand_on()
     producer.close()
     directory.lock.release()
     return files
@@ -150,7 +150,7 @@ def collected(root: Path) -> tuple[set[Row], list[str]]:
 
     settings = Settings(spool_dir=root, delivery="inline", linger_s=0)
     clock = ManualClock(1_700_000_100.0)
-    collector = Collector(Spool(root), settings, clock, connect)
+    collector = Collector(Spool(root), settings, clock, THREAD, connect)
     with listening() as said:
         for _ in range(20):
             collector.step(hurry=True)

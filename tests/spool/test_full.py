@@ -10,6 +10,7 @@ import pytest
 
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.collector.collector import Collector
+from flowbuffer.collector.policies import THREAD
 from flowbuffer.errors import DeliveryError, RetriableError, SpoolFull
 from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.producer_info import this_producer
@@ -49,7 +50,9 @@ class Rig:
             self.hurry,
             segment_slots=(256, 256),
         )
-        self.collector = Collector(self.spool, self.settings, self.clock, lambda *_: self.transport)
+        self.collector = Collector(
+            self.spool, self.settings, self.clock, THREAD, lambda *_: self.transport
+        )
         stream = self.collector.add(self.directory.path, NOWHERE)
         assert stream is not None
         self.stream = stream
@@ -109,8 +112,7 @@ class Rig:
         self.close()
 
     def close(self) -> None:
-        self.stream.reader.close()
-        self.stream.claim.release()
+        self.stream.hand_on()
         self.producer.close()
         self.directory.lock.release()
 

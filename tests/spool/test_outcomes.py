@@ -14,6 +14,7 @@ import pytest
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.backends.mlflow_transport import Request
 from flowbuffer.collector.collector import Collector
+from flowbuffer.collector.policies import THREAD
 from flowbuffer.commands.clean import clean
 from flowbuffer.commands.rejected import retry
 from flowbuffer.errors import DeliveryError, RejectedError, WaitTimeout
@@ -69,8 +70,8 @@ def let_go(spool: SmallSpool) -> None:
     spool.sender.step()
     claim = spool.spool.claim(spool.directory.path)
     assert claim is not None
-    assert spool.source.reader.settled
-    claim.remove(delivered=spool.source.reader.delivered_segments)
+    assert spool.stream.reader.settled
+    claim.remove(delivered=spool.stream.reader.delivered_segments)
 
 
 def test_a_rejected_point_stays_rejected_without_its_segment(spool: SmallSpool) -> None:
@@ -110,7 +111,7 @@ def test_states_are_kept_on_a_full_disk(spool: SmallSpool, monkeypatch: pytest.M
     spool.sender.step()
     assert "unlucky" in said(handles[1])
     assert [handle.exception(0) for handle in handles[2:]] == [None] * 10
-    assert spool.source.reader.problems == []
+    assert spool.stream.reader.problems == []
 
 
 def test_a_damaged_segment_is_no_success(spool: SmallSpool) -> None:
@@ -228,7 +229,11 @@ def test_a_damaged_segment_is_kept(spool: SmallSpool) -> None:
     settings = Settings(spool_dir=spool.spool.root, delivery="inline", linger_s=0)
     for _ in range(3):
         collector = Collector(
-            Spool(spool.spool.root), settings, spool.clock, lambda *_: spool.transport
+            Spool(spool.spool.root),
+            settings,
+            spool.clock,
+            THREAD,
+            lambda *_: spool.transport,
         )
         for _ in range(5):
             collector.step(hurry=True)
@@ -269,7 +274,7 @@ def test_points_that_were_tried_again(spool: SmallSpool) -> None:
     assert claim is not None
     spool.new_sender(alive=False)
     spool.deliver()
-    claim.remove(delivered=spool.source.reader.delivered_segments)
+    claim.remove(delivered=spool.stream.reader.delivered_segments)
     assert "not known any more" in said(handle)
 
 

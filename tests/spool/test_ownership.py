@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from flowbuffer import MetricLogger, Settings
 from flowbuffer.collector.collector import Collector
+from flowbuffer.collector.policies import PROCESS, THREAD
 from flowbuffer.commands.cli import main
 from flowbuffer.errors import SpoolError, SpoolFormatError
 from flowbuffer.spool.files import FileLock
@@ -99,7 +100,11 @@ def deliver(spool: Spool) -> FakeTransport:
     """What a collector does in a spool, for as long as there is anything to do."""
     transport, clock = FakeTransport(), ManualClock()
     collector = Collector(
-        spool, Settings(spool_dir=spool.root), clock, lambda *_: transport, living=True
+        spool,
+        Settings(spool_dir=spool.root),
+        clock,
+        PROCESS,
+        lambda *_: transport,
     )
     for _ in range(20):
         collector.step(hurry=True)
@@ -317,7 +322,9 @@ def test_a_spool_that_is_wiped_under_a_collector(
     root = tmp_path / "spool"
     log(root)
     transport, clock = FakeTransport(), ManualClock()
-    collector = Collector(Spool(root), Settings(spool_dir=root), clock, lambda *_: transport)
+    collector = Collector(
+        Spool(root), Settings(spool_dir=root), clock, THREAD, lambda *_: transport
+    )
     collector.look()
     assert len(collector.streams) == 1
     shutil.rmtree(root)

@@ -102,7 +102,7 @@ class Matrix:
         spool.producer.append_texts(PARAM, {"rate": "0.1"})
         points = 7
         end_s = until_s + _RECOVERS_S
-        reader = spool.source.reader
+        reader = spool.stream.reader
         while spool.clock.monotonic_s() < end_s:
             next_s = spool.sender.step(hurry=True)
             stored = len(server.rows) + len(server.params)

@@ -90,12 +90,12 @@ class Site:
             found.append("a closed producer took a point")
         except FlowbufferError:
             pass
-        spool.source.reader.producer_died()
+        spool.stream.reader.expect_no_more()
         spool.deliver()
         keys = {key for _, key, *_ in spool.transport.rows}
         params = {key: value for (_, key), value in spool.transport.params.items()}
         found += log.faults(spool.values, params, keys)
-        found += spool.source.reader.problems
+        found += spool.stream.reader.problems
         if (spool.directory.path / "rejected.jsonl").exists():
             found.append("there are dead letters")
         spool.directory.lock.release()

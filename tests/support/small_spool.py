@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from flowbuffer.delivery.retry import RetryPolicy
 from flowbuffer.delivery.sender import Sender
-from flowbuffer.delivery.source import Source
+from flowbuffer.delivery.stream import Stream
 from flowbuffer.settings.settings import Settings
-from flowbuffer.spool.folders import ProducerDirectory, Spool
+from flowbuffer.spool.folders import Claim, ProducerDirectory, Spool
 from flowbuffer.spool.producer_info import this_producer
-from flowbuffer.spool.reading.reader import Reader
 from flowbuffer.spool.tally import tally
 from flowbuffer.spool.writing.producer import Producer
 from flowbuffer.testing import FakeTransport, ManualClock
 
 RUN = "run"
+
+
+@dataclass
+class StandInClaim(Claim):
+    """A claim without a lock, of a folder whose producer is dead if the test says so."""
+
+    is_orphaned: bool = False
 
 
 class SmallSpool:
@@ -45,7 +52,7 @@ class SmallSpool:
             this_producer(RUN, "fake://", 0)
         )
         self.producer = self.new_producer(self.directory)
-        self.sender, self.source = self.new_sender(alive=True)
+        self.sender, self.stream = self.new_sender(alive=True)
 
     def new_producer(self, directory: ProducerDirectory) -> Producer:
         return Producer(
@@ -57,12 +64,17 @@ class SmallSpool:
             segment_slots=self._slots,
         )
 
-    def new_sender(self, *, alive: bool) -> tuple[Sender, Source]:
+    def new_sender(self, *, alive: bool) -> tuple[Sender, Stream]:
         """A sender as after a restart: all that it knows, it reads from the spool."""
         policy = RetryPolicy(uniform=lambda _low, high: high)
         self.sender = Sender(RUN, self.transport, self.settings, self.clock, self._wake, policy)
-        self.source = self.sender.add(Reader(self.directory.path, self.clock, alive=alive))
-        return self.sender, self.source
+        self.stream = self.add(self.directory, alive=alive)
+        return self.sender, self.stream
+
+    def add(self, directory: ProducerDirectory, *, alive: bool) -> Stream:
+        """Have the sender deliver a folder, too."""
+        claim = StandInClaim(directory.path, directory.info, directory.lock, not alive)
+        return self.sender.add(claim)
 
     def deliver(self, seconds: float = 600.0) -> None:
         """Step, and turn the clock, until nothing is left or ``seconds`` have passed."""

@@ -56,8 +56,8 @@ class Delivery(Protocol):
     def is_interrupted(self) -> bool:
         """Whether delivery goes on only when who asks has returned: it is a signal handler."""
 
-    def is_idle(self) -> bool:
-        """Whether waiting for what dead producers left gets nobody anywhere."""
+    def is_stuck(self) -> bool:
+        """Whether waiting for what dead producers left is in vain."""
 
     def left_by_dead(self, run_id: str) -> list[Path]:
         """The folders of a run whose producers died, to be delivered before the run ends."""
@@ -84,7 +84,7 @@ class NoDelivery:
     def is_interrupted(self) -> bool:
         return False
 
-    def is_idle(self) -> bool:
+    def is_stuck(self) -> bool:
         return True
 
     def left_by_dead(self, run_id: str) -> list[Path]:  # noqa: ARG002
@@ -132,12 +132,12 @@ class DeliveryHere:
     def is_interrupted(self) -> bool:
         return self._thread.is_interrupted
 
-    def is_idle(self) -> bool:
+    def is_stuck(self) -> bool:
         return all(stream.stuck for stream in self._thread.streams if stream.adopted)
 
     def left_by_dead(self, run_id: str) -> list[Path]:
         return [
-            stream.claim.path
+            stream.path
             for stream in self._thread.streams
             if stream.adopted and stream.claim.info.run_id == run_id
         ]
@@ -166,7 +166,7 @@ class DeliveryByProcess(DeliveryHere):
             warn_once(text)
         tell_outage(unquote(self._folder.parent.name), last_error(self._folder))
 
-    def is_idle(self) -> bool:
+    def is_stuck(self) -> bool:
         return True
 
     def left_by_dead(self, run_id: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Where the points of a producer go: which server, which run, by which transport."""
+"""Where points go: which server, which run, by which transport."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from flowbuffer.backends.mlflow_transport import MlflowTransport
 from flowbuffer.backends.uris import is_azureml
 from flowbuffer.clock import Clock
 from flowbuffer.settings.settings import Settings
-from flowbuffer.spool.producer_info import OFFLINE, ProducerInfo
 
 TransportFactory = Callable[[str, Settings, Clock], Transport]
 
@@ -22,10 +21,6 @@ class Destination(NamedTuple):
     run_id: str
 
 
-#: Says where a folder's points go; None leaves it alone.
-Destinations = Callable[[ProducerInfo], Destination | None]
-
-
 def transport_to(tracking_uri: str, settings: Settings, clock: Clock) -> Transport:
     """The transport for a tracking URI."""
     if is_azureml(tracking_uri):
@@ -33,8 +28,3 @@ def transport_to(tracking_uri: str, settings: Settings, clock: Clock) -> Transpo
 
         return AzureMLTransport(tracking_uri, settings, clock)
     return MlflowTransport(tracking_uri, settings, clock)
-
-
-def as_logged(info: ProducerInfo) -> Destination | None:
-    """To the run and the server that the producer named, unless it was offline."""
-    return None if info.delivery == OFFLINE else Destination(info.tracking_uri, info.run_id)

@@ -14,6 +14,7 @@ import resource
 import select
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -21,11 +22,8 @@ from flowbuffer.backends.credentials import redacted
 from flowbuffer.backends.mlflow_client import warm_up
 from flowbuffer.clock import SYSTEM_CLOCK, Clock
 from flowbuffer.collector.collector import Collector
-from flowbuffer.collector.handover import (
-    WAKE_SIGNAL,
-    same_environment,
-    take_collector_lock,
-)
+from flowbuffer.collector.handover import WAKE_SIGNAL, same_environment, take_collector_lock
+from flowbuffer.collector.policies import PROCESS
 from flowbuffer.errors import FlowbufferError, SpoolError
 from flowbuffer.settings.environment import handed_on_ms, handed_on_uri
 from flowbuffer.settings.settings import Settings
@@ -68,23 +66,17 @@ class Shift:
         drain_timeout_s: How long it goes on once no producer lives.
         since_ms: Since when the process that started it logs, in ms since the epoch: its
             credentials are as old.
-        environment: The fingerprint of this process's.
 
     Attributes:
         superseded: It is over because a newer collector has to take its place.
     """
 
     def __init__(
-        self,
-        collector: Collector,
-        clock: Clock,
-        drain_timeout_s: float,
-        since_ms: int,
-        environment: str = "",
+        self, collector: Collector, clock: Clock, drain_timeout_s: float, since_ms: int
     ) -> None:
-        self._environment = environment
         self.superseded = False
         self._collector = collector
+        self._environment = collector.policy.environment
         self._clock = clock
         self._drain_timeout_s = drain_timeout_s
         self._since_ms = since_ms
@@ -208,19 +200,13 @@ def _serve(
     spool: Spool, settings: Settings, wake: WakeUp, descriptors: int, environment: str
 ) -> bool:
     """Deliver until the shift is over; whether another process has to go on."""
-    collector = Collector(
-        spool,
-        settings,
-        SYSTEM_CLOCK,
-        living=True,
-        wake=wake,
-        environment=environment,
-        max_folders=max((descriptors - _OTHER_DESCRIPTORS) // _DESCRIPTORS_OF_A_FOLDER, 1),
-    )
+    max_folders = max((descriptors - _OTHER_DESCRIPTORS) // _DESCRIPTORS_OF_A_FOLDER, 1)
+    policy = replace(PROCESS, environment=environment, max_folders=max_folders)
+    collector = Collector(spool, settings, SYSTEM_CLOCK, policy, wake=wake)
     uri = handed_on_uri()
     if uri is not None:
         collector.know(uri)
-    shift = Shift(collector, SYSTEM_CLOCK, settings.drain_timeout_s, handed_on_ms(), environment)
+    shift = Shift(collector, SYSTEM_CLOCK, settings.drain_timeout_s, handed_on_ms())
     while True:
         next_s = collector.step()
         if shift.over:

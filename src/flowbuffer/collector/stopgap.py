@@ -27,12 +27,12 @@ from flowbuffer.collector.handover import wake_collector
 from flowbuffer.collector.launcher import Launcher
 from flowbuffer.collector.thread import TEND_EVERY_S, CollectorThread, User
 from flowbuffer.errors import UnauthorisedError
-from flowbuffer.forks import whole
 from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.notes import delivery_note
 
 if TYPE_CHECKING:
-    from flowbuffer.collector.collector import Collector, Stream
+    from flowbuffer.collector.policies import Policy
+    from flowbuffer.delivery.stream import Stream
 
 #: How often it is looked whether the collector process is there, in s; and while somebody waits.
 CHECK_EVERY_S = TEND_EVERY_S
@@ -62,8 +62,6 @@ class _Folder:
     """
 
     path: Path
-    uri: str
-    user: weakref.ref[User]
     waits_s: float = -math.inf
     stream: Stream | None = None
     since_s: float = -math.inf
@@ -97,7 +95,7 @@ class Stopgap(CollectorThread):
 
     def _join(self, user: weakref.ref[User], folder: Path, tracking_uri: str) -> None:
         self._users[folder] = user, tracking_uri
-        self._folders[folder] = _Folder(folder, tracking_uri, user)
+        self._folders[folder] = _Folder(folder)
         self._launcher.ensure()
         self._launched = True
 
@@ -112,9 +110,7 @@ class Stopgap(CollectorThread):
         super()._leave(folder)
         left = self._folders.pop(folder, None)
         if left is not None and left.stream is not None:
-            left.stream.until_s = (
-                SYSTEM_CLOCK.monotonic_s()
-            )  # the rest is for the collector process
+            left.stream.leaving = True  # the rest is for the collector process
 
     def _step(self, hurry: bool) -> float:
         now_s = SYSTEM_CLOCK.monotonic_s()
@@ -140,26 +136,28 @@ class Stopgap(CollectorThread):
         ready = wake_collector(self.spool.root, self._environment)
         for folder in self._folders.values():
             if folder.stream not in self.streams:
-                folder.stream = None
+                folder.stream = None  # settled, handed on, or given back with another of its run
             waits = self._waits(folder, now_s)
             if delivery_note(folder.path).unauthorised:
                 folder.kept = True
             if folder.stream is None:
+                # None comes back where the collector process has it, and it is asked again.
                 if (folder.kept or waits) and now_s >= folder.left_until_s:
-                    folder.stream = self._collector.add(folder.path, folder.uri)
+                    folder.stream = self._collector.add(folder.path, self._users[folder.path][1])
                     folder.since_s = now_s
             elif folder.kept:
-                folder.stream.until_s = math.inf
+                folder.stream.leaving = False
                 self._leave_if_refused(folder, folder.stream, now_s)
             elif not waits:
-                folder.stream.until_s = now_s
+                folder.stream.leaving = True
                 folder.insists = False
+            # One that was left in vain is not left again as long as somebody waits.
             elif ready and not folder.insists and now_s - folder.since_s > _HERE_FOR_S:
-                folder.stream.until_s = now_s
+                folder.stream.leaving = True
                 folder.left_until_s = now_s + _TAKES_S
                 folder.insists = True
             else:
-                folder.stream.until_s = math.inf
+                folder.stream.leaving = False
 
     def _leave_if_refused(self, folder: _Folder, stream: Stream, now_s: float) -> None:
         """Where the credentials of this process are refused as well, others get their turn: a job
@@ -176,15 +174,7 @@ class Stopgap(CollectorThread):
     def _waits(self, folder: _Folder, now_s: float) -> bool:
         return now_s - folder.waits_s < _WAITS_FOR_S
 
-    def _make(self) -> Collector:
-        with whole:
-            from flowbuffer.collector.collector import Collector
+    def _policy(self) -> Policy:
+        from flowbuffer.collector.policies import STOPGAP
 
-        return Collector(
-            self.spool,
-            self._settings,
-            SYSTEM_CLOCK,
-            destinations=None,
-            stopgap=True,
-            wake=self._wake,
-        )
+        return STOPGAP

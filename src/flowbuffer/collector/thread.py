@@ -11,6 +11,7 @@ import math
 import queue
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +23,9 @@ from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.folders import Spool
 
 if TYPE_CHECKING:
-    from flowbuffer.collector.collector import Collector, Stream
+    from flowbuffer.collector.collector import Collector
+    from flowbuffer.collector.policies import Policy
+    from flowbuffer.delivery.stream import Stream
 
 _log = logging.getLogger("flowbuffer")
 
@@ -168,7 +171,7 @@ class CollectorThread:
         self._tend(now_s)
         if now_s >= self._look_at_s:
             self._look_at_s = now_s + _LOOK_EVERY_S
-            served = {stream.claim.path for stream in self.streams}
+            served = {stream.path for stream in self.streams}
             for folder in list(self._users):
                 if folder not in served:  # there were too many
                     self._hurry(folder)
@@ -203,7 +206,7 @@ class CollectorThread:
     def _abandon(self, folder: Path) -> None:
         self._leave(folder)
         for stream in self.streams:
-            if stream.claim.path == folder:
+            if stream.path == folder:
                 self._collector.hand_on(stream)
 
     def _hurry(self, folder: Path) -> None:
@@ -221,13 +224,12 @@ class CollectorThread:
         with whole:
             from flowbuffer.collector.collector import Collector
 
-        return Collector(
-            self.spool,
-            self._settings,
-            SYSTEM_CLOCK,
-            wake=self._wake,
-            max_folders=most_producers(),
-        )
+        return Collector(self.spool, self._settings, SYSTEM_CLOCK, self._policy(), wake=self._wake)
+
+    def _policy(self) -> Policy:
+        from flowbuffer.collector.policies import THREAD
+
+        return replace(THREAD, max_folders=most_producers())
 
     def _close(self) -> None:
         if self._made is not None:

@@ -14,6 +14,7 @@ from flowbuffer.backends.uris import absolute_uri
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.collector.collector import Collector
 from flowbuffer.collector.destinations import Destination
+from flowbuffer.collector.policies import SYNC
 from flowbuffer.commands.runs import Runs, end_created_run
 from flowbuffer.commands.servers import Server
 from flowbuffer.commands.targets import Target
@@ -144,9 +145,8 @@ class _Sync:
         self._uri = None if tracking_uri is None else absolute_uri(tracking_uri)
         if self._uri is not None:
             vouch_for(self._uri)
-        self._collector = Collector(
-            spool, settings, SYSTEM_CLOCK, destinations=self._destination, living=True
-        )
+        policy = replace(SYNC, destination=self._destination)
+        self._collector = Collector(spool, settings, SYSTEM_CLOCK, policy)
         self._known_uri: str | None = None
         self._runs = Runs(spool.root, experiment)
         self._policy = RetryPolicy(most_s=5.0, unauthorised_s=5.0)
@@ -194,7 +194,7 @@ class _Sync:
                 self._destinations[info.to_json()] = Destination(info.tracking_uri, info.run_id)
             elif logs and (moved or info.delivery == OFFLINE):
                 how = "is offline" if info.delivery == OFFLINE else f"logs to {info.tracking_uri}"
-                target.given_up = f"process {info.pid} runs, and {how}; sync again when it ended"
+                target.left = f"process {info.pid} runs, and {how}; sync again when it ended"
             elif moved or self._uri is not None or info.delivery == OFFLINE:
                 run = runs.setdefault((uri, info.run_id), _Run(Server(uri), uri, info.run_id))
                 run.targets.append(target)
@@ -252,7 +252,7 @@ class _Sync:
             if isinstance(error, (RejectedError, RunGoneError)):
                 run.ended = True
                 for target in run.targets:
-                    target.given_up = "" if target.settled else error.reason
+                    target.left = "" if target.settled else error.reason
 
     def _find_run(self, run: _Run) -> None:
         infos = [target.info for target in run.targets]
@@ -272,18 +272,19 @@ class _Sync:
         )
 
     def _check(self, now_s: float) -> None:
-        streams = {stream.claim.path: stream for stream in self._collector.streams}
+        streams = {stream.path: stream for stream in self._collector.streams}
         for target in self._targets:
             if target.over:
                 continue
             stream = streams.get(target.folder)
             if stream is not None and target.stream is None:
                 park(target.folder, None)  # what was in its way may be so no more
+            # One that ended still tells how: it was let go, or is handed on and with others now.
             own = target.stream = stream or target.stream
-            if own is not None and own.done:
+            if own is not None and own.is_let_go:
                 target.settled = True
             elif own is not None and own.sender.gone and own.sender.failure is not None:
-                target.give_up_as_gone(own.sender.failure.reason)
+                target.leave_as_gone(own.sender.failure.reason)
             elif (stream is None or not stream.reader.finished) and now_s >= target.look_at_s:
                 self._check_from_outside(target, now_s, own=stream is not None)
 
@@ -304,25 +305,24 @@ class _Sync:
             parked = parked_reason(folder)
             known = target.info.delivery != OFFLINE and now_s - self._start_s > _OLD_NEWS_S
             if parked and (known or is_parked_since(folder, self._start_ns)):
-                target.give_up_as_gone(parked)
+                target.leave_as_gone(parked)
         elif target.untaken_since_s is None:
             target.untaken_since_s = now_s
         elif now_s - target.untaken_since_s > _UNTAKEN_S:
-            target.given_up = f"{folder} cannot be delivered"
+            target.left = f"{folder} cannot be delivered"
 
     def let_go(self) -> None:
         """Leave the folders that are not done to others, what is on its way first."""
         end_s = SYSTEM_CLOCK.monotonic_s() + _END_S
         for stream in self._collector.streams:
-            stream.until_s = -1.0
+            stream.leaving = True
         while any(not stream.stuck for stream in self._collector.streams):
             left_s = end_s - SYSTEM_CLOCK.monotonic_s()
             if left_s <= 0:
                 break
             self._collector.wait(min(self._collector.step(hurry=True), left_s, 0.1))
         for stream in self._collector.streams:
-            stream.reader.close()
-            stream.claim.release()
+            stream.hand_on()
 
     # Telling.
 
@@ -345,16 +345,12 @@ class _Sync:
                     f"nobody knows what became of {lost} points: what held them was wiped, or is "
                     "damaged"
                 )
-        created = []
+        created = [
+            CreatedRun(tracking_uri=run.server.name, run_id=run.run_id, created_run_id=run.there)
+            for run in self._elsewhere
+            if run.there is not None and run.created
+        ]
         for run in self._elsewhere:
-            if run.there is not None and run.created:
-                created.append(
-                    CreatedRun(
-                        tracking_uri=run.server.name,
-                        run_id=run.run_id,
-                        created_run_id=run.there,
-                    )
-                )
             if run.reason:
                 left.setdefault(run.run_id, run.reason)
         return SyncReport(
@@ -368,8 +364,8 @@ class _Sync:
         )
 
     def _why(self, target: Target) -> str:
-        if target.given_up:
-            return target.given_up
+        if target.left:
+            return target.left
         for run in self._elsewhere:
             if target in run.targets and run.there is None:
                 return run.reason or "another process holds runs.lock of the spool"

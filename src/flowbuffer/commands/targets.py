@@ -5,16 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowbuffer.collector.collector import Stream
+from flowbuffer.delivery.stream import Stream
 from flowbuffer.spool.files import check_private
 from flowbuffer.spool.layout import SLOT_SIZE
 from flowbuffer.spool.producer_info import ProducerInfo, read_info
-from flowbuffer.spool.segment_files import (
-    closed_outcome,
-    offset_of,
-    segment_numbers,
-    segment_path,
-)
+from flowbuffer.spool.segment_files import closed_outcome, offset_of, segment_numbers, segment_path
 from flowbuffer.spool.tally import Tally, tally, tally_since
 from flowbuffer.spool.waiting import Waiting, last_barrier, want
 from flowbuffer.words import gone
@@ -25,7 +20,7 @@ class Target:
     """A producer's folder on its way, with the points that it had when sync began.
 
     ``outcome``: as in ``layout``, noted before delivery deletes it; None if there was nothing to
-    note. ``given_up``: why it is left. The times are on the monotonic clock.
+    note. ``left``: why it is left. The times are on the monotonic clock.
     """
 
     folder: Path
@@ -36,7 +31,7 @@ class Target:
     outcome: int | None
     stream: Stream | None = None
     settled: bool = False
-    given_up: str = ""
+    left: str = ""
     look_at_s: float = 0.0
     hurry_at_s: float = 0.0
     untaken_since_s: float | None = None
@@ -62,11 +57,11 @@ class Target:
     @property
     def over(self) -> bool:
         """Nothing more is to be done about it."""
-        return self.settled or bool(self.given_up)
+        return self.settled or bool(self.left)
 
-    def give_up_as_gone(self, reason: str) -> None:
+    def leave_as_gone(self, reason: str) -> None:
         """Leave it: its run is not, or no more, on the server."""
-        self.given_up = f"{reason}; {gone(self.info.run_id, self.info.tracking_uri)}"
+        self.left = f"{reason}; {gone(self.info.run_id, self.info.tracking_uri)}"
 
     def pending_now(self) -> int:
         """How many of its points are not settled; cheap, as nothing is read from the disk."""

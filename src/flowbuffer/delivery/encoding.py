@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from flowbuffer.backends.base import Request
 from flowbuffer.delivery.batches import Part
 from flowbuffer.delivery.key_numbers import RunKeys
 from flowbuffer.delivery.ordering import Rows, one_each
-from flowbuffer.delivery.source import Source
+from flowbuffer.delivery.stream import Stream
 from flowbuffer.spool.layout import PARAM, TAG
 
 
@@ -20,13 +20,13 @@ class Encoder:
     Args:
         run_id: The run.
         keys: Its keys, by the rows' numbers.
-        source: Gives a row's source.
+        streams: Those of the run, by the rows' numbers.
     """
 
-    def __init__(self, run_id: str, keys: RunKeys, source: Callable[[int], Source]) -> None:
+    def __init__(self, run_id: str, keys: RunKeys, streams: Mapping[int, Stream]) -> None:
         self._run_id = run_id
         self._keys = keys
-        self._source = source
+        self._streams = streams
 
     def parts(self, rows: Rows) -> list[Part]:
         """Rows, which are all metrics, or all parameters and tags, as parts that can each be a
@@ -51,5 +51,5 @@ class Encoder:
             return Request(self._run_id, keys, *columns)
         texts: dict[int, dict[str, str]] = {PARAM: {}, TAG: {}}  # of a tag's values the last one
         for number, key, row in zip(numbers, keys, rows, strict=True):
-            texts[self._keys.kind(number)][key] = self._source(int(row["source"])).text(row)
+            texts[self._keys.kind(number)][key] = self._streams[int(row["stream"])].text(row)
         return Request(self._run_id, params=[*texts[PARAM].items()], tags=[*texts[TAG].items()])

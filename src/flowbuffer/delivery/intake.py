@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from flowbuffer.delivery.batches import Part
 from flowbuffer.delivery.ordering import Backlog, Rows
 from flowbuffer.delivery.rejections import Rejections
-from flowbuffer.delivery.source import Source
+from flowbuffer.delivery.stream import Stream
 from flowbuffer.errors import is_passing
 
 _log = logging.getLogger("flowbuffer")
@@ -23,22 +24,28 @@ class Intake:
 
     Args:
         run_id: The run.
+        streams: The run's, by the rows' numbers.
         rejections: Is given the points that raise.
         window_points: The most points that are read ahead of their delivery.
 
     Attributes:
         metrics: Those that are metrics.
         texts: Those that are parameters and tags.
-        is_full: So many are on their way that no more were read.
         trouble: Why something cannot be read now; empty if everything can.
     """
 
-    def __init__(self, run_id: str, rejections: Rejections, window_points: int) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        streams: Mapping[int, Stream],
+        rejections: Rejections,
+        window_points: int,
+    ) -> None:
         self.metrics = Backlog()
         self.texts = Backlog()
-        self.is_full = False
         self.trouble = ""
         self._run_id = run_id
+        self._streams = streams
         self._rejections = rejections
         self._window_points = window_points
         self._found: deque[tuple[Backlog, Rows]] = deque()  # in no backlog yet
@@ -46,31 +53,30 @@ class Intake:
     def __len__(self) -> int:
         return self.metrics.count + self.texts.count + len(self._found)
 
-    def read(self, sources: Sequence[Source], now_s: float, accepted: Sequence[Part]) -> bool:
-        """Read from each source while the window has room; True if anything came. What cannot be
+    def read(self, now_s: float, accepted: Sequence[Part]) -> bool:
+        """Read from each stream while the window has room; True if anything came. What cannot be
         read now is tried again with the next call.
 
         Args:
-            sources: The run's.
             now_s: The present monotonic time.
             accepted: What a service has and has not stored yet: that holds up nothing, and only
                 takes memory.
         """
         window = self._window_points + sum(len(part.rows) for part in accepted)
         window = min(window, max(self._window_points, WINDOW_POINTS))
-        any_read = self.is_full = False
+        any_read = False
         trouble = ""
-        for source in sources:
-            room = window - sum(other.reader.on_their_way for other in sources)
-            self.is_full |= room <= 0
+        streams = self._streams.values()
+        for stream in streams:
+            room = window - sum(other.reader.on_their_way for other in streams)
             try:
-                any_read |= room > 0 and self._read(source, room)
-                self._file(sources, now_s)
+                any_read |= room > 0 and self._read(stream, room)
+                self._file(now_s)
                 # What was read may be at fault: of that, too, nothing is left to be settled then.
                 self._rejections.write()
-                source.reader.retire()
+                stream.reader.retire()
             except (OSError, MemoryError) as error:
-                trouble = f"{source.reader.folder} cannot be read now: {error}"
+                trouble = f"{stream.path} cannot be read now: {error}"
         if trouble and not self.trouble:
             _log.warning(
                 "run %s: delivery is held up and goes on trying: %s", self._run_id, trouble
@@ -78,10 +84,10 @@ class Intake:
         self.trouble = trouble
         return any_read
 
-    def _read(self, source: Source, room: int) -> bool:
-        found = source.read(room)
-        while source.refused:
-            self._rejections.add_letter(source, source.refused.pop(0))
+    def _read(self, stream: Stream, room: int) -> bool:
+        found = stream.read(room)
+        while stream.refused:
+            self._rejections.add(stream, stream.refused.pop(0))
         if found is None:
             return False
         rows, kinds = found
@@ -89,7 +95,7 @@ class Intake:
         self._found.append((self.texts, rows[kinds != 0]))
         return True
 
-    def _file(self, sources: Sequence[Source], now_s: float) -> None:
+    def _file(self, now_s: float) -> None:
         """Put what was found into its backlog, in halves down to a point that raises there."""
         while self._found:
             backlog, rows = self._found[0]
@@ -103,8 +109,8 @@ class Intake:
                 if half:
                     self._found.extendleft([(backlog, rows[half:]), (backlog, rows[:half])])
                     continue
-                number = int(rows[0]["source"])
-                source = next(one for one in sources if one.number == number)
-                self._rejections.add_row(source, rows[0], f"it cannot be delivered: {error!r}")
+                stream = self._streams[int(rows[0]["stream"])]
+                reason = f"it cannot be delivered: {error!r}"
+                self._rejections.add(stream, partial(stream.letter, rows[0], reason))
             else:
                 self._found.popleft()

@@ -214,11 +214,11 @@ def _above(points: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> ND
     return above
 
 
-#: A point on its way: which source (producer) it came from, its segment, slot and key id there, the
+#: A point on its way: which stream (producer) it came from, its segment, slot and key id there, the
 #: number of its key in the run, and what is sent.
 ROW: Final = np.dtype(
     [
-        ("source", "<i4"),
+        ("stream", "<i4"),
         ("segment", "<i4"),
         ("slot", "<i4"),
         ("key", "<i4"),

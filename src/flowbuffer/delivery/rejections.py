@@ -6,10 +6,9 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from flowbuffer.clock import Clock
-from flowbuffer.delivery.source import Source
+from flowbuffer.delivery.stream import Stream
 from flowbuffer.spool.dead_letters import DeadLetter
 from flowbuffer.spool.outcomes import is_there
 
@@ -24,27 +23,22 @@ class Rejections:
     is tried again: until then the point is pending, and in nobody's way.
 
     Args:
-        run_id: The run.
         clock: Decides when it is tried again.
     """
 
-    def __init__(self, run_id: str, clock: Clock) -> None:
-        self._run_id = run_id
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._letters: deque[tuple[Source, Callable[[], DeadLetter]]] = deque()
+        self._letters: deque[tuple[Stream, Callable[[], DeadLetter]]] = deque()
         self._not_before_s = -math.inf
         self._told = False
 
     def __len__(self) -> int:
         return len(self._letters)
 
-    def add_row(self, source: Source, row: Any, reason: str) -> None:
-        """A row of a source is refused."""
-        self._letters.append((source, lambda: source.letter(row, reason, self._run_id)))
-
-    def add_letter(self, source: Source, letter: DeadLetter) -> None:
-        """A point of a source is refused, of which this is the letter."""
-        self._letters.append((source, lambda: letter))
+    def add(self, stream: Stream, letter: Callable[[], DeadLetter]) -> None:
+        """A point of a stream is refused, of which this gives the letter, or raises as
+        :meth:`Stream.letter` does."""
+        self._letters.append((stream, letter))
 
     def due_s(self) -> float:
         """The seconds until something is to be written; infinity if nothing is."""
@@ -54,28 +48,28 @@ class Rejections:
     def write(self) -> None:
         """Write what is to be written now."""
         while self.due_s() <= 0:
-            source, letter = self._letters[0]
+            stream, letter = self._letters[0]
             try:
-                self._bury(source, letter())
+                self._bury(stream, letter())
             except (OSError, MemoryError) as problem:
                 if not self._told:
                     self._told = True
                     _log.warning(
                         "run %s: a rejected point cannot be kept, and is tried again: %s",
-                        self._run_id, problem,
+                        stream.sender.run_id, problem,
                     )  # fmt: skip
                 self._not_before_s = self._clock.monotonic_s() + AGAIN_S
             else:
                 self._told = False
                 self._letters.popleft()
 
-    def _bury(self, source: Source, letter: DeadLetter) -> None:
+    def _bury(self, stream: Stream, letter: DeadLetter) -> None:
         what = f"the {letter.kind} {letter.key!r}" if letter.key else "a point"
         try:
-            source.reader.bury(letter)
+            stream.reader.bury(letter)
         except OSError:
-            if is_there(source.reader.folder):
+            if is_there(stream.path):
                 raise
-            what = f"{source.reader.folder} was wiped, so there is no dead letter of {what}, which"
-            source.reader.forget(letter)
-        _log.warning("run %s: %s was rejected: %s", self._run_id, what, letter.reason)
+            what = f"{stream.path} was wiped, so there is no dead letter of {what}, which"
+            stream.reader.forget(letter)
+        _log.warning("run %s: %s was rejected: %s", stream.sender.run_id, what, letter.reason)

@@ -6,12 +6,14 @@ which leaves the outcome for the next step; everything else happens in ``step``.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import queue
 import struct
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from flowbuffer.delivery.key_numbers import RunKeys
 from flowbuffer.delivery.ordering import Rows
 from flowbuffer.delivery.rejections import Rejections
 from flowbuffer.delivery.retry import RetryPolicy
-from flowbuffer.delivery.source import Source
+from flowbuffer.delivery.stream import Stream
 from flowbuffer.errors import (
     DoubtfulError,
     RejectedError,
@@ -39,8 +41,8 @@ from flowbuffer.errors import (
 )
 from flowbuffer.notices import tell_outage, warn_once
 from flowbuffer.settings.settings import Settings
+from flowbuffer.spool.folders import Claim
 from flowbuffer.spool.notes import DeliveryNote, is_parked, park
-from flowbuffer.spool.reading.reader import Reader
 
 _log = logging.getLogger("flowbuffer")
 
@@ -74,6 +76,8 @@ class Sender:
         retries: Requests that were sent again.
         failure: What the last request failed with; None after a success.
         gone: The run does not exist on the server, or is deleted; ``parked.json`` says so.
+        keys: The run's, by the rows' numbers.
+        streams: What it delivers, by the rows' numbers. A stream that ends takes itself out.
     """
 
     def __init__(
@@ -90,32 +94,30 @@ class Sender:
         self.retries = 0
         self.failure: TransportError | None = None
         self.gone = False
-        self.sources: list[Source | None] = []
         self.transport = transport
+        self.clock = clock
+        self.keys = RunKeys()
+        self.streams: dict[int, Stream] = {}
         self._settings = settings
-        self._clock = clock
         self._wake = wake
         self._policy = policy or RetryPolicy()
-        self._keys = RunKeys()
         self._batches: list[Batch] = []
         self._busy: set[int] = set()
         self._outcomes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._accepted: list[Part] = []  # the service has them, and does not have them stored yet
-        self._encoder = Encoder(run_id, self._keys, self._source)
-        self._rejections = Rejections(run_id, clock)
-        self._intake = Intake(run_id, self._rejections, window_points or WINDOW_POINTS)
+        self._encoder = Encoder(run_id, self.keys, self.streams)
+        self._rejections = Rejections(clock)
+        window = window_points or WINDOW_POINTS
+        self._intake = Intake(run_id, self.streams, self._rejections, window)
+        self._numbers = itertools.count()
         self._stored_requests = 0
         self._not_before_s = self._failed_at_s = -math.inf
 
-    def add(self, reader: Reader) -> Source:
-        """Deliver what ``reader`` reads, too."""
-        source = Source(len(self.sources), reader, self._keys)
-        self.sources.append(source)
-        return source
-
-    def remove(self, source: Source) -> None:
-        """Forget a source of which everything is settled."""
-        self.sources[self.sources.index(source)] = None
+    def add(self, claim: Claim) -> Stream:
+        """Deliver what is, and will be, in a folder, too. The stream has the claim from then on."""
+        stream = Stream(self, next(self._numbers), claim)
+        self.streams[stream.number] = stream
+        return stream
 
     @property
     def idle(self) -> bool:
@@ -135,23 +137,20 @@ class Sender:
         """
         while not self._outcomes.empty():
             self._outcomes.get()()
-        now_s = self._clock.monotonic_s()
+        now_s = self.clock.monotonic_s()
         if self.gone:
             self._look_again()
         self._send(now_s, hurry)  # what is there already, so that no backend waits for the reading
-        read = self._intake.read(self._live(), now_s, self._accepted)
-        hurry = hurry or any(source.reader.hurried() for source in self._live())
+        read = self._intake.read(now_s, self._accepted)
+        hurry = hurry or any(stream.reader.hurried() for stream in self.streams.values())
         next_s = min(self._send(now_s, hurry), self._rejections.due_s())
         self._note()
         if read or not self._outcomes.empty():
             return 0.0
-        hurry = hurry or any(source.reader.finished for source in self._live())
-        if hurry and any(source.reader.has_unripe for source in self._live()):
+        hurry = hurry or any(stream.reader.finished for stream in self.streams.values())
+        if hurry and any(stream.reader.has_unripe for stream in self.streams.values()):
             return 0.001
         return next_s
-
-    def _live(self) -> list[Source]:
-        return [source for source in self.sources if source is not None]
 
     # Sending.
 
@@ -187,15 +186,10 @@ class Sender:
         """Send these points, which are all metrics, or all parameters and tags."""
         parts = self._encoder.parts(rows)
         keys = set(np.unique(rows["key"]).tolist())
-        batch = Batch(deque(parts), keys, in_order=self._keys.kind(rows["key"][0]) != 0)
+        batch = Batch(deque(parts), keys, in_order=self.keys.kind(rows["key"][0]) != 0)
         self._batches.append(batch)
         self._busy |= batch.keys
         self._request(batch)
-
-    def _source(self, number: int) -> Source:
-        source = self.sources[number]
-        assert source is not None
-        return source
 
     def _request(self, batch: Batch) -> None:
         part = batch.parts[0]
@@ -233,7 +227,7 @@ class Sender:
             if error is None:
                 self._mark(part.rows)
             else:  # once more, and in nobody's way
-                again = Batch(deque([part]), set(), attempt=1, due_s=self._clock.monotonic_s())
+                again = Batch(deque([part]), set(), attempt=1, due_s=self.clock.monotonic_s())
                 self._batches.append(again)
             return
         batch.sending = False
@@ -259,7 +253,7 @@ class Sender:
         for other in self._batches:
             if other.aside and not other.parts[0].beside_others:
                 # The store takes points: whether it takes this one, will now be known.
-                other.due_s = self._clock.monotonic_s()
+                other.due_s = self.clock.monotonic_s()
         self._mark(batch.parts.popleft().rows)
         self._next_part(batch)
 
@@ -289,7 +283,8 @@ class Sender:
             self.failure = error
             self._note()
             row: Any = at_fault[0]
-            self._rejections.add_row(self._source(int(row["source"])), row, error.reason)
+            stream = self.streams[int(row["stream"])]
+            self._rejections.add(stream, partial(stream.letter, row, error.reason))
         self._next_part(batch)
 
     def _next_part(self, batch: Batch) -> None:
@@ -298,10 +293,10 @@ class Sender:
             self._busy -= batch.keys
             return
         batch.make_ready()
-        batch.due_s = self._clock.monotonic_s()
+        batch.due_s = self.clock.monotonic_s()
 
     def _failed(self, batch: Batch, error: TransportError) -> None:
-        now_s = self._failed_at_s = self._clock.monotonic_s()
+        now_s = self._failed_at_s = self.clock.monotonic_s()
         batch.attempt += 1
         wait_s = self._policy.wait_s(error, batch.attempt)
         batch.due_s = now_s + wait_s
@@ -320,7 +315,7 @@ class Sender:
     def _look_again(self) -> None:
         """Whoever waits for a run that is gone takes its note away, because it may be restored: it
         is tried then, but not sooner than a second after the last try."""
-        if all(is_parked(source.reader.folder) for source in self._live()):
+        if all(is_parked(stream.path) for stream in self.streams.values()):
             return
         due_s = self._failed_at_s + LOOK_AGAIN_S
         self._not_before_s = min(self._not_before_s, due_s)
@@ -330,25 +325,25 @@ class Sender:
     def _park(self, reason: str | None) -> None:
         """Tell whoever looks at the spool that the run takes no points, or does so again."""
         self.gone = reason is not None
-        for source in self._live():
+        for stream in self.streams.values():
             try:
-                park(source.reader.folder, reason)
+                park(stream.path, reason)
             except OSError as error:  # a full disk; no point depends on it
                 _log.warning("run %s: the note for who waits: %s", self.run_id, error)
 
     def _note(self) -> None:
-        for source in self._live():
-            source.reader.note(
+        for stream in self.streams.values():
+            stream.reader.note(
                 DeliveryNote(
                     retries=self.retries,
                     last_error=self.failure.reason if self.failure else self._intake.trouble,
                     unauthorised=isinstance(self.failure, UnauthorisedError),
-                    ties_moved=source.ties.moved,
-                    ties_moved_most_ms=source.ties.moved_most_ms,
+                    ties_moved=stream.ties.moved,
+                    ties_moved_most_ms=stream.ties.moved_most_ms,
                     warnings=tuple(self.transport.warnings(self.run_id)),
                 )
             )
 
     def _mark(self, rows: Rows) -> None:
-        for number in np.unique(rows["source"]).tolist():
-            self._source(number).mark(rows)
+        for number in np.unique(rows["stream"]).tolist():
+            self.streams[number].mark(rows)

@@ -120,7 +120,7 @@ class Spooling:
         """Once it is stopped: wait until everything is settled, or cannot be."""
         over = self._wait(self._is_let_go, deadline_s)
         # What dead producers left is worth waiting for while it gets somewhere.
-        if self._wait(self.delivery.is_idle, deadline_s) and over:
+        if self._wait(self.delivery.is_stuck, deadline_s) and over:
             job_end.patience.succeed()
 
     def wait_for_dead(self, run_id: str, deadline_s: float) -> None:

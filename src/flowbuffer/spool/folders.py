@@ -56,8 +56,9 @@ class Claim:
     info: ProducerInfo
     lock: FileLock
 
-    def producer_died(self) -> bool:
-        """Whether no producer writes to the folder any more."""
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether its producer is dead: nobody writes to the folder any more."""
         return not has_producer(self.path)
 
     def release(self) -> None:
@@ -230,14 +231,10 @@ class Spool:
         if lock is None:
             return None
         try:
-            claim = Claim(folder, read_info(folder), lock)
-            if claim.producer_died() or living:
-                return claim
+            return Claim(folder, read_info(folder), lock)  # a dead producer stays dead
         except BaseException:
             lock.release()
             raise
-        lock.release()
-        return None
 
     def sweep(self) -> None:
         """Delete the folders that a process was making, or deleting, when it died."""

@@ -35,7 +35,7 @@ class Reader:
 
     Args:
         folder: The producer's folder; the caller holds its ``reader.lock``.
-        alive: Whether points may still come. See :meth:`producer_died`.
+        alive: Whether points may still come. See :meth:`expect_no_more`.
         clock: Tells how long a slot has been empty.
 
     Attributes:
@@ -63,7 +63,7 @@ class Reader:
         self._next = 0  # the number of the next segment to open
         self._read_carry()
 
-    def producer_died(self) -> None:
+    def expect_no_more(self) -> None:
         """No point will come any more: what is there is all."""
         self._alive = False
 
@@ -73,19 +73,14 @@ class Reader:
         return not self._alive or self._closed
 
     @property
-    def exhausted(self) -> bool:
-        """Everything that the producer wrote was read, and it writes no more."""
-        if self._reading() or not self.finished:
+    def settled(self) -> bool:
+        """Finished; and everything that is there was read, and is delivered or rejected."""
+        if self.on_their_way or self._reading() or not self.finished:
             return False
         try:
             return not any(number >= self._next for number in segment_numbers(self.folder))
         except OSError:
             return False  # they cannot be listed now
-
-    @property
-    def settled(self) -> bool:
-        """Exhausted, and everything read is delivered or rejected."""
-        return self.on_their_way == 0 and self.exhausted
 
     @property
     def has_unripe(self) -> bool:
