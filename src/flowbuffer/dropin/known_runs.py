@@ -9,6 +9,7 @@ from typing import Any
 
 from flowbuffer.backends.credentials import vouch_for, without_credentials
 from flowbuffer.backends.mlflow_client import delivery_client
+from flowbuffer.backends.originals import is_as_shipped
 from flowbuffer.backends.translation import may_pass
 from flowbuffer.backends.uris import is_file_store, is_one_place
 from flowbuffer.clock import SYSTEM_CLOCK
@@ -27,7 +28,6 @@ from flowbuffer.dropin.arguments import (
     metric_fields,
 )
 from flowbuffer.dropin.calls import METHODS
-from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.errors import FlowbufferError, InvalidPoint, SpoolError
 from flowbuffer.forks import in_child
 from flowbuffer.logger.active_run import settled_uri
