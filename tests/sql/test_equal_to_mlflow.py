@@ -157,7 +157,7 @@ TIES = [
 
 
 @pytest.fixture(scope="module")
-def pairs(request: pytest.FixtureRequest) -> Callable[[str], Pair]:
+def pairs() -> Callable[[str], Pair]:
     found: dict[str, Pair] = {}
     return lambda uri: found.get(uri) or found.setdefault(uri, Pair(uri))
 
