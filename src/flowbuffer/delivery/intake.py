@@ -46,7 +46,9 @@ class Intake:
     def __len__(self) -> int:
         return self.metrics.count + self.texts.count + len(self._found)
 
-    def read(self, sources: Sequence[Source], now_s: float, accepted: Sequence[Part]) -> bool:
+    def read(
+        self, sources: Sequence[Source], now_s: float, accepted: Sequence[Part], least: int = 0
+    ) -> bool:
         """Read from each source while the window has room; True if anything came. What cannot be
         read now is tried again with the next call.
 
@@ -55,9 +57,12 @@ class Intake:
             now_s: The present monotonic time.
             accepted: What a service has and has not stored yet: that holds up nothing, and only
                 takes memory.
+            least: So many are read ahead however small the window is: a batch on its way, and the
+                next one.
         """
-        window = self._window_points + sum(len(part.rows) for part in accepted)
-        window = min(window, max(self._window_points, WINDOW_POINTS))
+        ahead = max(self._window_points, least)
+        window = ahead + sum(len(part.rows) for part in accepted)
+        window = min(window, max(ahead, WINDOW_POINTS))
         any_read = self.is_full = False
         trouble = ""
         for source in sources:
