@@ -16,6 +16,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from flowbuffer import MetricLogger
 from flowbuffer.backends.base import Request
+from flowbuffer.backends.courtesy import Courtesy
 from flowbuffer.backends.database import Database
 from flowbuffer.backends.metric_columns import MetricColumns
 from flowbuffer.backends.mlflow_client import database_of, delivery_client, store_of
@@ -24,6 +25,8 @@ from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import RetriableError, TransportError
 from flowbuffer.settings.settings import Settings
 from flowbuffer.sql.known import why_not
+from flowbuffer.sql.sqlite import writes
+from flowbuffer.testing import ManualClock
 from support.backends import client, make_run
 from support.tables import tables
 from support.waiting import wait_until
@@ -90,15 +93,15 @@ def test_a_batch_that_is_sent_again_reads_nothing_more(sqlite_uri: str) -> None:
 
 
 def test_the_transport_takes_larger_batches_once_it_knows(sqlite_uri: str) -> None:
-    """A transport takes MLflow's thousand metrics until the database is known, then ten
+    """A transport takes MLflow's thousand metrics until the database is known, then five
     thousand."""
     run_id = make_run(sqlite_uri)
     transport = MlflowTransport(sqlite_uri, Settings(delivery="inline"), SYSTEM_CLOCK)
     assert transport.max_metrics == 1000
     transport.send(batch(run_id, 1000), lambda _: None, lambda: None)
-    assert transport.max_metrics == 10_000
-    transport.send(batch(run_id, 10_000), lambda _: None, lambda: None)
-    assert rows(transport._client, run_id) == 10_000
+    assert transport.max_metrics == 5000
+    transport.send(batch(run_id, 5000), lambda _: None, lambda: None)
+    assert rows(transport._client, run_id) == 5000
     transport.close()
 
 
@@ -117,6 +120,50 @@ def test_a_logger_writes_in_bulk(store: str, request: pytest.FixtureRequest) -> 
 
 
 # Two at once.
+
+
+def test_others_that_write_get_their_turn() -> None:
+    """A lock that others want is left free for as long as it was held, and else is taken at
+    once."""
+    clock = ManualClock()
+    slept: list[float] = []
+    clock.sleep = slept.append  # type: ignore[method-assign]
+    courtesy = Courtesy(clock)
+
+    def hold(writes: int) -> None:
+        courtesy.wait(writes)
+        since_s = clock.monotonic_s()
+        clock.turn(0.25)
+        courtesy.held(since_s)
+
+    hold(1)
+    hold(1)
+    assert slept == []
+    hold(2)
+    hold(2)
+    assert slept == [0.25, 0.25]
+    clock.turn(0.125)
+    hold(2)
+    assert slept[2:] == [0.125]
+    clock.turn(10.0)
+    hold(2)
+    hold(2)
+    assert slept[3:] == []
+
+
+def test_who_writes_beside_is_noticed(sqlite_uri: str) -> None:
+    """What another connection writes to a SQLite file is seen, and what the own one writes is
+    not."""
+    engine = sqlalchemy.create_engine(sqlite_uri)
+    with engine.connect() as own, engine.connect() as other:
+        before = writes(own)
+        own.exec_driver_sql("UPDATE experiments SET name = name || '2'")
+        own.commit()
+        assert writes(own) == before
+        other.exec_driver_sql("UPDATE experiments SET name = name || '3'")
+        other.commit()
+        assert writes(own) != before
+    engine.dispose()
 
 
 def at_once(uri: str, orders: list[Callable[[Request], Request]]) -> tuple[str, Any]:

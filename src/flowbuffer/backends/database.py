@@ -9,16 +9,17 @@ from __future__ import annotations
 import inspect
 from typing import Any, Final
 
+from flowbuffer.backends.courtesy import Courtesy
 from flowbuffer.backends.metric_columns import MetricColumns
 from flowbuffer.backends.originals import is_as_shipped
-from flowbuffer.sql.bulk import write
+from flowbuffer.clock import SYSTEM_CLOCK
+from flowbuffer.sql.bulk import max_rows, write
 from flowbuffer.sql.known import why_not
 from flowbuffer.sql.rows import Rows
+from flowbuffer.sql.sqlite import writes
 
 #: The most that MLflow takes.
 MAX_METRICS: Final = 1000
-#: The most in one batch that is written in bulk: more is hardly faster.
-_MAX_IN_BULK: Final = 10_000
 
 #: What MLflow's store does with metrics, step by step.
 _STEPS: Final = (
@@ -42,6 +43,7 @@ class Database:
         self.max_metrics = MAX_METRICS
         self._store = store
         self._reason: str | None = None
+        self._courtesy = Courtesy()
 
     def why_not(self) -> str:
         """Why metrics go MLflow's own way, in words; empty if they are written in bulk. Decided
@@ -53,7 +55,7 @@ class Database:
         if self._reason is None:
             self._reason = _why_not(self._store)
             if not self._reason:
-                self.max_metrics = _MAX_IN_BULK
+                self.max_metrics = max_rows(self._store.engine.dialect.name)
         return self._reason
 
     def log(self, run_id: str, metrics: MetricColumns) -> bool:
@@ -73,7 +75,12 @@ class Database:
         store = self._store
         with store.ManagedSessionMaker(**_to_write(store.ManagedSessionMaker)) as session:
             store._check_run_is_active(store._get_run(run_uuid=run_id, session=session))
-            write(session.connection(), run_id, rows)
+            connection = session.connection()
+            if connection.dialect.name == "sqlite":
+                self._courtesy.wait(writes(connection))
+            since_s = SYSTEM_CLOCK.monotonic_s()
+            write(connection, run_id, rows)
+        self._courtesy.held(since_s)
         return True
 
 

@@ -57,8 +57,8 @@ class Intake:
             now_s: The present monotonic time.
             accepted: What a service has and has not stored yet: that holds up nothing, and only
                 takes memory.
-            least: So many are read ahead however small the window is: a batch on its way, and the
-                next one.
+            least: So many are read ahead however small the window is: some batches, so that each
+                has many points of few keys.
         """
         ahead = max(self._window_points, least)
         window = ahead + sum(len(part.rows) for part in accepted)

@@ -139,7 +139,7 @@ class Sender:
         if self.gone:
             self._look_again()
         self._send(now_s, hurry)  # what is there already, so that no backend waits for the reading
-        read = self._intake.read(self._live(), now_s, self._accepted, 2 * self._batch_size())
+        read = self._intake.read(self._live(), now_s, self._accepted, 4 * self._batch_size())
         hurry = hurry or any(source.reader.hurried() for source in self._live())
         next_s = min(self._send(now_s, hurry), self._rejections.due_s())
         self._note()

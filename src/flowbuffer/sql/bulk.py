@@ -9,13 +9,18 @@ leave the same rows as one after the other.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from flowbuffer.sql import postgresql, sqlite
 from flowbuffer.sql.rows import Rows
 
 #: By dialects of SQLAlchemy's.
-_WRITERS = {"sqlite": sqlite.write, "postgresql": postgresql.write}
+_WRITERS: Final[dict[str, Any]] = {"sqlite": sqlite, "postgresql": postgresql}
+
+
+def max_rows(dialect: str) -> int:
+    """The most rows that are worth one transaction, for one of SQLAlchemy's dialects."""
+    return int(_WRITERS[dialect].MAX_ROWS)
 
 
 def write(connection: Any, run_id: str, rows: Rows) -> None:
@@ -30,4 +35,4 @@ def write(connection: Any, run_id: str, rows: Rows) -> None:
     Raises:
         sqlalchemy.exc.SQLAlchemyError: The database's error.
     """
-    _WRITERS[connection.dialect.name](connection, run_id, rows)
+    _WRITERS[connection.dialect.name].write(connection, run_id, rows)

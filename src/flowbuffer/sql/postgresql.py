@@ -27,6 +27,10 @@ _LATEST: Final = (
 )
 
 
+#: The most rows in one transaction: more are hardly faster.
+MAX_ROWS: Final = 10_000
+
+
 def write(connection: Any, run_id: str, rows: Rows) -> None:
     """Write metrics in the transaction of a connection.
 

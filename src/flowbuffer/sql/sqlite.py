@@ -26,6 +26,22 @@ _IF_GREATER: Final = (
 )
 
 
+#: The most rows in one transaction: nobody else writes meanwhile. More are hardly faster.
+MAX_ROWS: Final = 5000
+
+
+def writes(connection: Any) -> int:
+    """A number that is another one after another connection has written.
+
+    Args:
+        connection: Of SQLAlchemy's.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: The database's error.
+    """
+    return int(connection.exec_driver_sql("PRAGMA data_version").scalar())
+
+
 def write(connection: Any, run_id: str, rows: Rows) -> None:
     """Write metrics in the transaction of a connection.
 
