@@ -24,7 +24,9 @@ from flowbuffer.backends.mlflow_transport import MlflowTransport
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import RetriableError, TransportError
 from flowbuffer.settings.settings import Settings
+from flowbuffer.sql.bulk import write
 from flowbuffer.sql.known import why_not
+from flowbuffer.sql.rows import Rows
 from flowbuffer.sql.sqlite import writes
 from flowbuffer.testing import ManualClock
 from support.backends import client, make_run
@@ -372,3 +374,14 @@ def test_the_victim_of_a_deadlock_is_tried_again(postgres_uri: str) -> None:
     assert type(outcomes[0]) is RetriableError
     assert "deadlock detected" in outcomes[0].reason
     assert sent(postgres_uri, later, lambda _: None) is None
+
+
+def test_a_key_cannot_leave_its_place_in_an_array(postgres_uri: str) -> None:
+    """Whatever a key is, PostgreSQL gets it as one key: MLflow refuses the odd ones before."""
+    run_id = make_run(postgres_uri)
+    engine = sqlalchemy.create_engine(postgres_uri)
+    keys = ['a"b', "a\\b", "a,b", "{a}", "NULL", "", " a ", "%s", "a'b"]
+    with engine.begin() as connection:
+        write(connection, run_id, Rows(keys, [0.5] * 9, [1] * 9, [2] * 9))
+    assert sorted(row[0] for row in tables(engine, run_id)["metrics"]) == sorted(map(repr, keys))
+    engine.dispose()

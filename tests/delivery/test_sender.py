@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flowbuffer.backends.mlflow_transport import Request
+from flowbuffer.delivery.sender import Sender
 from flowbuffer.errors import (
     DoubtfulError,
     RejectedError,
@@ -23,6 +24,7 @@ from flowbuffer.spool import dead_letters
 from flowbuffer.spool.layout import COMMITTED, PARAM
 from flowbuffer.spool.notes import delivery_note, parked_reason
 from flowbuffer.spool.outcomes import Outcome, slot_outcomes
+from flowbuffer.spool.reading.reader import Reader
 from flowbuffer.spool.waiting import want
 from flowbuffer.testing import FakeTransport
 from support.small_spool import RUN, SmallSpool
@@ -56,6 +58,20 @@ def test_a_batch_lingers_until_it_is_full_or_old(tmp_path: Path) -> None:
     spool.clock.turn(5.0)
     spool.sender.step()
     assert [len(request) for request in spool.transport.requests] == [10, 1]
+
+
+def test_a_window_holds_whole_batches_however_small_it_is(tmp_path: Path) -> None:
+    """Who reads little ahead sends full batches all the same, and at once."""
+    spool = SmallSpool(tmp_path / "spool", segment_slots=64, max_batch_size=10, linger_s=100.0)
+    sender = Sender(
+        RUN, spool.transport, spool.settings, spool.clock, lambda: None, window_points=4
+    )
+    sender.add(Reader(spool.directory.path, spool.clock, alive=True))
+    for step in range(30):
+        spool.producer.append("a", 1.0, step)
+    for _ in range(4):
+        sender.step()
+    assert [len(request) for request in spool.transport.requests] == [10, 10, 10]
 
 
 def test_someone_who_waits_ends_the_linger(tmp_path: Path) -> None:

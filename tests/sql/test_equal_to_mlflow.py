@@ -152,6 +152,11 @@ TIES = [
     [("a", 0.0, 1, 1), ("a", NAN, 1, 1), ("a", -0.0, 1, 1)],
     [("a", OTHER_NAN, 1, 1), ("a", 0.0, 1, 1), ("a", math.inf, 1, 1), ("a", _LARGEST, 1, 1)],
     [("b", -0.0, 1, 1), ("b", 0.0, 1, 1), ("b", 1.0, 0, 2), ("b", 1.0, 9, 1)],
+    [("first is none", 0.0, 1, 1), ("first is none", NAN, 1, 1)],
+    [("first is NaN", NAN, 1, 1), ("first is NaN", 0.0, 1, 1)],
+    [("number then NaN", 0.0, 1, 1), ("NaN then number", NAN, 1, 1)],
+    [("number then NaN", NAN, 1, 1), ("NaN then number", 0.0, 1, 1)],
+    [("A", 1.0, 5, 5), ("A", 1.0, 5, 5), ("A", 9.0, 9, 4)],
     ("again", 0, 0),
 ]
 
@@ -163,7 +168,7 @@ def pairs() -> Callable[[str], Pair]:
 
 
 @settings(
-    max_examples=2000 if sampling.every else 30,
+    max_examples=2000 if sampling.every else 25,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @example(events=TIES)
@@ -175,17 +180,19 @@ def test_sqlite_has_what_mlflow_writes(
     check(pairs(sqlite_uri), events)
 
 
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
 @settings(
-    max_examples=2000 if sampling.every else 15,
+    max_examples=2000 if sampling.every else 10,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @example(events=TIES)
 @given(events=EVENTS)
 def test_postgresql_has_what_mlflow_writes(
-    postgres_uri: str, pairs: Callable[[str], Pair], events: list[Any]
+    driver: str, postgres_uri: str, pairs: Callable[[str], Pair], events: list[Any]
 ) -> None:
     """PostgreSQL: whatever is logged, every row and every error is MLflow's."""
-    check(pairs(postgres_uri), events)
+    pytest.importorskip(driver, reason=f"{driver} is not installed")
+    check(pairs(postgres_uri.replace("psycopg2", driver)), events)
 
 
 def test_many_keys_are_mlflows_rows(sqlite_uri: str, pairs: Callable[[str], Pair]) -> None:

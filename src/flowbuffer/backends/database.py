@@ -115,6 +115,6 @@ def _checked(run_id: str, metrics: MetricColumns) -> Rows | None:
 
 
 def _to_write(session_maker: Any) -> dict[str, bool]:
-    """A session may be for reading alone, since MLflow 3.8."""
+    """MLflow 3.15 has sessions for reading alone, and 3.1 has not."""
     known = inspect.signature(session_maker).parameters
     return {"read_only": False} if "read_only" in known else {}

@@ -174,7 +174,7 @@ class Sender:
                 due_s = since_s + self._settings.linger_s
                 if not count:
                     break
-                if count < size and not (hurry or self._intake.is_full or due_s <= now_s):
+                if count < size and not hurry and due_s > now_s:
                     next_s = min(next_s, due_s - now_s)
                     break
                 self._begin(backlog.take(size, self._busy))
