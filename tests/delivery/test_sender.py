@@ -290,7 +290,9 @@ def test_the_window_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """P6: with the server down, the sender holds a window of the spool and no more."""
     monkeypatch.setattr("flowbuffer.delivery.sender.WINDOW_POINTS", 20)
     monkeypatch.setattr("flowbuffer.delivery.intake.WINDOW_POINTS", 20)
-    spool = SmallSpool(tmp_path / "spool", FakeTransport(at_once=False), segment_slots=8)
+    spool = SmallSpool(
+        tmp_path / "spool", FakeTransport(at_once=False), segment_slots=8, max_batch_size=5
+    )
     for value in range(200):
         spool.producer.append("k", float(value))
     for _ in range(100):

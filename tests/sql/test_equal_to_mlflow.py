@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import mlflow
@@ -179,6 +180,34 @@ TIES = [
 ]
 
 
+DRIVERS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
+    )
+    for name in ("psycopg2", "psycopg")
+]
+GOOD = ("a", 1.0, 1, 1)
+REFUSALS = [
+    [GOOD, ("a\nb", 1.0, 1, 1)],
+    [GOOD, ("x" * 251, 1.0, 1, 1)],
+    [GOOD, ("", 1.0, 1, 1)],
+    [GOOD, ("a", 1.0, -1, 1)],
+    [GOOD, ("a", 1.0, 1, 2**63)],
+    "delete",
+    [GOOD],
+    "restore",
+    "end",
+    [GOOD],
+    "nowhere",
+    [GOOD],
+]
+ABOUT = [
+    [GOOD, ("about a model", math.nan, 1, 1), ("about a model", 2.0, 1, 2)],
+    [("about a dataset", 1.0, 1, 1), ("about a dataset", 1.0, 1, 1)],
+    [("about both", math.inf, 1, 1), GOOD],
+]
+
+
 @pytest.fixture(scope="module")
 def pairs() -> Callable[[str], Pair]:
     found: dict[str, Pair] = {}
@@ -190,6 +219,8 @@ def pairs() -> Callable[[str], Pair]:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @example(events=TIES)
+@example(events=REFUSALS)
+@example(events=ABOUT)
 @given(events=EVENTS)
 def test_sqlite_has_what_mlflow_writes(
     sqlite_uri: str, pairs: Callable[[str], Pair], events: list[Any]
@@ -198,18 +229,19 @@ def test_sqlite_has_what_mlflow_writes(
     check(pairs(sqlite_uri), events)
 
 
-@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+@pytest.mark.parametrize("driver", DRIVERS)
 @settings(
     max_examples=2000 if sampling.every else 10,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @example(events=TIES)
+@example(events=REFUSALS)
+@example(events=ABOUT)
 @given(events=EVENTS)
 def test_postgresql_has_what_mlflow_writes(
     driver: str, postgres_uri: str, pairs: Callable[[str], Pair], events: list[Any]
 ) -> None:
     """PostgreSQL: whatever is logged, every row and every error is MLflow's."""
-    pytest.importorskip(driver, reason=f"{driver} is not installed")
     check(pairs(postgres_uri.replace("psycopg2", driver)), events)
 
 
