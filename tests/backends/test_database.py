@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -269,6 +271,23 @@ def test_what_is_not_known_goes_mlflows_own_way(
     assert reason in database_of(ours).why_not()
     assert database_of(ours).max_metrics == 1000
     assert rows(ours, run_id) == 1500
+
+
+def test_another_file_is_another_database(sqlite_uri: str, tmp_path: Path) -> None:
+    """Where the file was replaced by one that is not known, MLflow writes to it."""
+    run_id = make_run(sqlite_uri)
+    file = Path(sqlite_uri.removeprefix("sqlite:///"))
+    transport = MlflowTransport(sqlite_uri, Settings(delivery="inline"), SYSTEM_CLOCK)
+    transport.send(batch(run_id, 10), lambda _: None, lambda: None)
+    assert database_of(transport._client).why_not() == ""
+    shutil.copy(file, tmp_path / "other.db")
+    with closing(sqlite3.connect(tmp_path / "other.db")) as other, other:
+        other.execute("UPDATE alembic_version SET version_num = 'f00f00f00f00'")
+    (tmp_path / "other.db").replace(file)
+    transport.send(batch(run_id, 10, first=10), lambda _: None, lambda: None)
+    assert "is not known" in database_of(transport._client).why_not()
+    assert rows(transport._client, run_id) == 20
+    transport.close()
 
 
 @pytest.mark.parametrize(

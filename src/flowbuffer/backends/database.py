@@ -40,10 +40,14 @@ class Database:
     """
 
     def __init__(self, store: Any) -> None:
-        self.max_metrics = MAX_METRICS
         self._store = store
-        self._reason: str | None = None
         self._courtesy = Courtesy()
+        self.forget()
+
+    def forget(self) -> None:
+        """Decide anew: there is another database now."""
+        self.max_metrics = MAX_METRICS
+        self._reason: str | None = None
 
     def why_not(self) -> str:
         """Why metrics go MLflow's own way, in words; empty if they are written in bulk. Decided

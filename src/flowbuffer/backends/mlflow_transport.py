@@ -182,6 +182,7 @@ class MlflowTransport:
             if self._client is not None and file != self._file:
                 # Another file is there now; the connections are to the one that was deleted.
                 store_of(self._client).engine.dispose()
+                database_of(self._client).forget()
             self._file = file
             if self._client is None:
                 self._client = idle_clients.take(self._which()) or delivery_client(
