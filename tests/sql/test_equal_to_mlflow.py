@@ -176,7 +176,6 @@ TIES = [
     [("number then NaN", 0.0, 1, 1), ("NaN then number", NAN, 1, 1)],
     [("number then NaN", NAN, 1, 1), ("NaN then number", 0.0, 1, 1)],
     [("A", 1.0, 5, 5), ("A", 1.0, 5, 5), ("A", 9.0, 9, 4)],
-    ("again", 0, 0),
 ]
 
 
@@ -219,6 +218,7 @@ def pairs() -> Callable[[str], Pair]:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @example(events=TIES)
+@example(events=[*TIES, ("again", 0, 0)])
 @example(events=REFUSALS)
 @example(events=ABOUT)
 @given(events=EVENTS)
@@ -235,6 +235,7 @@ def test_sqlite_has_what_mlflow_writes(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @example(events=TIES)
+@example(events=[*TIES, ("again", 0, 0)])
 @example(events=REFUSALS)
 @example(events=ABOUT)
 @given(events=EVENTS)
