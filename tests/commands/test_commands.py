@@ -340,6 +340,21 @@ def test_doctor_finds_nothing_wrong(spool: Path, ask: Ask, sqlite_uri: str) -> N
 
 
 @pytest.mark.usefixtures("spool")
+def test_doctor_says_how_a_database_is_written(
+    ask: Ask, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Doctor tells that a database is written in bulk; if not, the reason. It is no fault."""
+    code, checks = ask("doctor", "--tracking-uri", sqlite_uri)
+    assert (code, results(checks)["database"]) == (0, "ok")
+    assert "metrics are written in bulk" in str(checks)
+    monkeypatch.setattr("flowbuffer.sql.known._REVISIONS", frozenset())
+    code, checks = ask("doctor", "--tracking-uri", sqlite_uri)
+    assert (code, results(checks)["database"]) == (0, "ok")
+    assert "MLflow's own way" in str(checks)
+    assert "which is not known" in str(checks)
+
+
+@pytest.mark.usefixtures("spool")
 def test_doctor_finds_faults_of_the_settings(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable that is no setting is a warning, a value out of range a failure."""
     monkeypatch.setenv("FLOWBUFFER_LINGERS", "1")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flowbuffer.backends.mlflow_transport import Request
+from flowbuffer.delivery.sender import Sender
 from flowbuffer.errors import (
     DoubtfulError,
     RejectedError,
@@ -56,6 +57,20 @@ def test_a_batch_lingers_until_it_is_full_or_old(tmp_path: Path) -> None:
     spool.clock.turn(5.0)
     spool.sender.step()
     assert [len(request) for request in spool.transport.requests] == [10, 1]
+
+
+def test_a_window_holds_whole_batches_however_small_it_is(tmp_path: Path) -> None:
+    """Who reads little ahead sends full batches all the same, and at once."""
+    spool = SmallSpool(tmp_path / "spool", segment_slots=64, max_batch_size=10, linger_s=100.0)
+    spool.sender = sender = Sender(
+        RUN, spool.transport, spool.settings, spool.clock, lambda: None, window_points=4
+    )
+    spool.add(spool.directory, alive=True)
+    for step in range(30):
+        spool.producer.append("a", 1.0, step)
+    for _ in range(4):
+        sender.step()
+    assert [len(request) for request in spool.transport.requests] == [10, 10, 10]
 
 
 def test_someone_who_waits_ends_the_linger(tmp_path: Path) -> None:
@@ -274,7 +289,9 @@ def test_the_window_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """P6: with the server down, the sender holds a window of the spool and no more."""
     monkeypatch.setattr("flowbuffer.delivery.sender.WINDOW_POINTS", 20)
     monkeypatch.setattr("flowbuffer.delivery.intake.WINDOW_POINTS", 20)
-    spool = SmallSpool(tmp_path / "spool", FakeTransport(at_once=False), segment_slots=8)
+    spool = SmallSpool(
+        tmp_path / "spool", FakeTransport(at_once=False), segment_slots=8, max_batch_size=5
+    )
     for value in range(200):
         spool.producer.append("k", float(value))
     for _ in range(100):

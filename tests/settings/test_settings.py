@@ -53,7 +53,7 @@ def test_a_keyword_wins_over_the_environment() -> None:
         ("FLOWBUFFER_LINGER_S", "soon", "a number"),
         ("FLOWBUFFER_LINGER_S", "-1", "at least 0"),
         ("FLOWBUFFER_LINGER_S", "nan", "finite"),
-        ("FLOWBUFFER_MAX_BATCH_SIZE", "1001", "at most 1000"),
+        ("FLOWBUFFER_MAX_BATCH_SIZE", "10001", "at most 10000"),
         ("FLOWBUFFER_MAX_BATCH_SIZE", "2.5", "a whole number"),
         ("FLOWBUFFER_MAX_SPOOL_BYTES", "1", "at least 1048576"),
         ("FLOWBUFFER_WHEN_FULL", "explode", "block, drop_newest, raise"),

@@ -12,6 +12,8 @@ from typing import Any
 
 from flowbuffer.backends.azureml_requests import never_prompt, use_single_requests
 from flowbuffer.backends.credentials import check_may_ask, hide
+from flowbuffer.backends.database import Database
+from flowbuffer.backends.metric_columns import MetricColumns
 from flowbuffer.backends.rest import SingleRequests
 from flowbuffer.backends.shipped import shipped
 from flowbuffer.backends.translation import translated
@@ -93,6 +95,7 @@ def _made(uri: str, timeout_s: float) -> Any:
         use_single_requests(store, timeout_s)
 
     mlflow = shipped()
+    database = Database(store)
 
     class PrivateTrackingClient(mlflow.TrackingServiceClient):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
@@ -102,6 +105,23 @@ def _made(uri: str, timeout_s: float) -> Any:
         def store(self) -> Any:
             return store
 
+        @property
+        def database(self) -> Database:
+            return database
+
+        def log_batch(
+            self,
+            run_id: str,
+            metrics: Any = (),
+            params: Any = (),
+            tags: Any = (),
+            synchronous: bool = True,
+        ) -> Any:
+            is_of_columns = isinstance(metrics, MetricColumns) and not params and not tags
+            if is_of_columns and database.log(run_id, metrics):
+                return None if synchronous else mlflow.operations[0]([])
+            return super().log_batch(run_id, metrics, params, tags, synchronous)
+
     client = mlflow.MlflowClient(tracking_uri=uri)
     client._tracking_client = PrivateTrackingClient()
     return client
@@ -110,3 +130,9 @@ def _made(uri: str, timeout_s: float) -> Any:
 def store_of(client: Any) -> Any:
     """The tracking store of a delivery client; None if there is no client yet."""
     return None if client is None else client._tracking_client.store
+
+
+def database_of(client: Any) -> Database:
+    """What a delivery client does with metrics."""
+    found: Database = client._tracking_client.database
+    return found

@@ -10,7 +10,9 @@ from typing import Any
 
 from flowbuffer.backends import idle_clients
 from flowbuffer.backends.base import Accepted, Done, Request
-from flowbuffer.backends.mlflow_client import delivery_client, store_of
+from flowbuffer.backends.database import MAX_METRICS
+from flowbuffer.backends.metric_columns import MetricColumns
+from flowbuffer.backends.mlflow_client import database_of, delivery_client, store_of
 from flowbuffer.backends.shipped import shipped
 from flowbuffer.backends.stored_nans import StoredNans
 from flowbuffer.backends.translation import translated
@@ -23,7 +25,6 @@ from flowbuffer.errors import (
     RunGoneError,
     TransportError,
 )
-from flowbuffer.metric_key import parsed
 from flowbuffer.settings.settings import Settings
 
 
@@ -71,8 +72,9 @@ class MlflowTransport:
 
     @property
     def max_metrics(self) -> int:
-        """The most that MLflow takes."""
-        return 1000
+        """The most that MLflow takes; more where a database is written in bulk."""
+        client = self._client  # another thread may let it go
+        return MAX_METRICS if client is None else database_of(client).max_metrics
 
     def send(self, request: Request, done: Done, accepted: Accepted) -> None:
         """Send a request in a thread of the transport, if it has one; else in this one."""
@@ -144,10 +146,9 @@ class MlflowTransport:
     def _log_batch(self, request: Request) -> Any:
         """Hand a batch over; the operation to wait for, None if it is stored."""
         mlflow = shipped()
-        columns = zip(request.keys, request.values, request.times, request.steps, strict=True)
         operation = self._delivery_client().log_batch(
             request.run_id,
-            metrics=[_metric(mlflow.Metric, *point) for point in columns],
+            metrics=MetricColumns(request),
             params=[mlflow.Param(*param) for param in request.params],
             tags=[mlflow.RunTag(*tag) for tag in request.tags],
             synchronous=False,
@@ -181,6 +182,7 @@ class MlflowTransport:
             if self._client is not None and file != self._file:
                 # Another file is there now; the connections are to the one that was deleted.
                 store_of(self._client).engine.dispose()
+                database_of(self._client).forget()
             self._file = file
             if self._client is None:
                 self._client = idle_clients.take(self._which()) or delivery_client(
@@ -205,12 +207,3 @@ class MlflowTransport:
         except FileNotFoundError:
             raise RunGoneError(f"the database {path} does not exist") from None
         return found.st_dev, found.st_ino
-
-
-def _metric(kind: Any, stored_key: str, *point: Any) -> Any:
-    """A metric, which may be about a model or a dataset."""
-    key, about = parsed(stored_key)
-    if about is None:
-        return kind(key, *point)
-    fields = {name: text or None for name, text in about._asdict().items()}
-    return kind(key, *point, **fields)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.error import HTTPError
 
 from flowbuffer.backends.credentials import vouch_for, without_credentials
-from flowbuffer.backends.mlflow_client import warm_up
+from flowbuffer.backends.mlflow_client import database_of, store_of, warm_up
 from flowbuffer.backends.uris import absolute_uri, is_http, path_of
 from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.commands.servers import Server
@@ -195,7 +195,11 @@ def _server(tracking_uri: str | None) -> Iterator[Check]:
     if missing is not None:
         yield Check(name="server", result="ok", detail=f"{name} will be made at {missing}")
         return
-    yield _answers(Server(uri, _ANSWER_S / 2), uri)
+    server = Server(uri, _ANSWER_S / 2)
+    found = _answers(server, uri)
+    yield found
+    if found.result == "ok":
+        yield from _writing(server)
     if is_http(uri):
         yield from _clock(name)
 
@@ -225,6 +229,23 @@ def _answers(server: Server, uri: str) -> Check:
     else:
         return Check(name="server", result="ok", detail=f"{server.name} answers")
     return Check(name="server", result="fail", detail=detail, advice=advice)
+
+
+def _writing(server: Server) -> Iterator[Check]:
+    """How metrics come into a database; nothing where the server is none."""
+
+    def why_not(client: Any) -> str | None:
+        is_database = hasattr(store_of(client), "engine")
+        return database_of(client).why_not() if is_database else None
+
+    try:
+        reason = server.ask(why_not)
+    except TransportError:
+        return  # it answered a moment ago, and delivery goes on trying
+    if reason is not None:
+        detail = f"metrics go MLflow's own way, some ten times slower: {reason}"
+        detail = detail if reason else "metrics are written in bulk"
+        yield Check(name="database", result="ok", detail=detail)
 
 
 def _within(seconds: float, ask: Callable[[], None]) -> None:

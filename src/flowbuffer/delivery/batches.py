@@ -14,9 +14,9 @@ from flowbuffer.delivery.ordering import Rows
 DOUBTS = 5
 DOUBTS_BESIDE_OTHERS = 3
 
-#: In so many parts a batch is taken while nothing is stored: enough to find one point in a
+#: In so many parts a batch is taken while nothing is stored: enough to find one point in ten
 #: thousand, and few enough to be sent soon when the server is back.
-PARTS_IN_DOUBT = 12
+PARTS_IN_DOUBT = 15
 
 
 @dataclass(eq=False)

@@ -53,7 +53,7 @@ class Intake:
     def __len__(self) -> int:
         return self.metrics.count + self.texts.count + len(self._found)
 
-    def read(self, now_s: float, accepted: Sequence[Part]) -> bool:
+    def read(self, now_s: float, accepted: Sequence[Part], least: int = 0) -> bool:
         """Read from each stream while the window has room; True if anything came. What cannot be
         read now is tried again with the next call.
 
@@ -61,9 +61,12 @@ class Intake:
             now_s: The present monotonic time.
             accepted: What a service has and has not stored yet: that holds up nothing, and only
                 takes memory.
+            least: So many are read ahead however small the window is: some batches, so that each
+                has many points of few keys.
         """
-        window = self._window_points + sum(len(part.rows) for part in accepted)
-        window = min(window, max(self._window_points, WINDOW_POINTS))
+        ahead = max(self._window_points, least)
+        window = ahead + sum(len(part.rows) for part in accepted)
+        window = min(window, max(ahead, WINDOW_POINTS))
         any_read = False
         trouble = ""
         streams = self._streams.values()

@@ -141,7 +141,7 @@ class Sender:
         if self.gone:
             self._look_again()
         self._send(now_s, hurry)  # what is there already, so that no backend waits for the reading
-        read = self._intake.read(now_s, self._accepted)
+        read = self._intake.read(now_s, self._accepted, 4 * self._batch_size())
         hurry = hurry or any(stream.reader.hurried() for stream in self.streams.values())
         next_s = min(self._send(now_s, hurry), self._rejections.due_s())
         self._note()
@@ -166,7 +166,7 @@ class Sender:
                     next_s = min(next_s, batch.due_s - now_s)
         for backlog, size in (
             (self._intake.texts, MAX_TEXTS),
-            (self._intake.metrics, min(self._settings.max_batch_size, self.transport.max_metrics)),
+            (self._intake.metrics, self._batch_size()),
         ):
             while self._places_taken() < self.transport.max_in_flight:
                 count, since_s = backlog.ready(self._busy)
@@ -178,6 +178,9 @@ class Sender:
                     break
                 self._begin(backlog.take(size, self._busy))
         return next_s
+
+    def _batch_size(self) -> int:
+        return min(self._settings.max_batch_size, self.transport.max_metrics)
 
     def _places_taken(self) -> int:
         return sum(batch.sending or not batch.aside for batch in self._batches)

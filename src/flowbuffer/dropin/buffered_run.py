@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flowbuffer.backends.originals import is_as_shipped
 from flowbuffer.dropin.arguments import (
     NotBuffered,
     Point,
@@ -21,7 +22,6 @@ from flowbuffer.dropin.arguments import (
     metric_fields,
 )
 from flowbuffer.dropin.calls import METHODS
-from flowbuffer.dropin.originals import is_as_shipped
 from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.logger.handle import Handle
 from flowbuffer.logger.metric_logger import MetricLogger

@@ -132,11 +132,12 @@ PRIVATE_NAMES: Final = {
     f"{_STORE}.get_logged_model": Use("backends/stored_nans.py", "NaN that a model has"),
     f"{_STORE}.update_run_info": Use("logger/run_status.py", "ending a run by one request"),
     _SQL_STORE: Use(
-        "logger/active_run.py backends/mlflow_client.py", "importing it early; its engines"
+        "logger/active_run.py backends/mlflow_client.py backends/database.py",
+        "importing it early; its engines; whether a store is MLflow's",
     ),
     f"{_SQL_STORE}#engine": Use(
         "backends/mlflow_client.py backends/mlflow_transport.py backends/idle_clients.py"
-        " logger/run_status.py",
+        " backends/database.py logger/run_status.py",
         "closing a database's connections; whether it is one",
     ),
     f"{_SQL_STORE}._engine_map": Use(
@@ -147,6 +148,27 @@ PRIVATE_NAMES: Final = {
         "the same under its old name",
         until="3.1.0",
     ),
+    # A database is written in bulk where all of these are as MLflow shipped them.
+    **{
+        f"{_SQL_STORE}{name}": Use("backends/database.py", purpose)
+        for name, purpose in (
+            ("#ManagedSessionMaker", "a session, with MLflow's errors"),
+            ("._get_run", "the run"),
+            ("._check_run_is_active", "whether it takes metrics"),
+            ("._get_query", "whether somebody replaced it"),
+            (".log_batch", "whether somebody replaced it"),
+            (".log_batch_async", "whether somebody replaced it"),
+            ("._log_metrics", "whether somebody replaced it"),
+            ("._log_model_metrics", "whether somebody replaced it"),
+            ("._update_latest_metrics_if_necessary", "whether somebody replaced it"),
+            (".sanitize_metric_value", "whether somebody replaced it"),
+        )
+    },
+    f"{_SQL_STORE}._log_metrics_once": Use(
+        "backends/database.py", "whether somebody replaced it", since="3.17.2"
+    ),
+    "mlflow.utils.validation:_validate_metric": Use("backends/database.py", "a metric's name"),
+    "mlflow.utils.validation:_validate_run_id": Use("backends/database.py", "a run's id"),
     "mlflow.store.db.db_types:DATABASE_ENGINES": Use(
         "backends/mlflow_client.py", "which schemes are databases"
     ),

@@ -83,10 +83,10 @@ class Settings:
         high=3600,
     )
     max_batch_size: int = number(
-        1000,
-        "The most metrics in one request. MLflow's servers refuse more than 1000.",
+        10_000,
+        "The most metrics in one request. MLflow's servers get at most 1000, Azure ML 250.",
         low=1,
-        high=1000,
+        high=10_000,
     )
     max_in_flight: int | None = number(
         None,

@@ -201,7 +201,7 @@ class Workspace:
         rows = self.history(self._run(body["run_id"]), key)
         return {"metrics": [_metric(key, *row) for row in rows]}
 
-    def _get_run(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def _get_one_run(self, body: Mapping[str, Any]) -> dict[str, Any]:
         run = self._run(body["run_id"])
         latest = [(key, self.history(run, key)) for key in run._points]
         data = {
@@ -267,7 +267,7 @@ _SERVED: dict[str, Callable[[Workspace, Mapping[str, Any]], dict[str, Any]]] = {
     "runs/log-parameter": Workspace._log_parameter,
     "runs/set-tag": Workspace._set_tag,
     "runs/create": Workspace._create_run,
-    "runs/get": Workspace._get_run,
+    "runs/get": Workspace._get_one_run,
     "runs/update": Workspace._update_run,
     "metrics/get-history": Workspace._get_history,
     "experiments/get": Workspace._get_experiment,

@@ -1,0 +1,1 @@
+"""MLflow's tables of metrics, written in bulk. Knows nothing else of flowbuffer, and no client."""
