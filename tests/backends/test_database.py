@@ -134,13 +134,15 @@ def test_others_that_write_get_their_turn() -> None:
     clock.sleep = slept.append  # type: ignore[method-assign]
     courtesy = Courtesy(clock)
 
-    def hold(writes: int) -> None:
-        courtesy.wait(writes)
+    def hold(writes: int, connection: int = 1) -> None:
+        courtesy.wait((connection, writes))
         since_s = clock.monotonic_s()
         clock.turn(0.25)
         courtesy.held(since_s)
 
     hold(1)
+    hold(1)
+    hold(7, connection=2)  # which has seen what the first one wrote
     hold(1)
     assert slept == []
     hold(2)

@@ -24,17 +24,18 @@ class Courtesy:
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
-        self._seen: int | None = None
+        self._seen: tuple[int, int] | None = None
         self._others_until_s = self._free_until_s = 0.0
 
-    def wait(self, writes: int) -> None:
+    def wait(self, writes: tuple[int, int]) -> None:
         """Before the lock is taken: wait while it is others' turn.
 
         Args:
-            writes: A number that is another one after somebody else has written.
+            writes: Who writes, and a number that is another one after others have written. It says
+                nothing if the last one to write was another connection of our own.
         """
         now_s = self._clock.monotonic_s()
-        if self._seen not in (None, writes):
+        if self._seen and self._seen[0] == writes[0] and self._seen != writes:
             self._others_until_s = now_s + _OTHERS_WRITE_FOR_S
         self._seen = writes
         if now_s < self._others_until_s and now_s < self._free_until_s:

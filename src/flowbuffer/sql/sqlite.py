@@ -30,8 +30,9 @@ _IF_GREATER: Final = (
 MAX_ROWS: Final = 5000
 
 
-def writes(connection: Any) -> int:
-    """A number that is another one after another connection has written.
+def writes(connection: Any) -> tuple[int, int]:
+    """Which connection of the pool it is, and a number that is another one after some other
+    connection has written.
 
     Args:
         connection: Of SQLAlchemy's.
@@ -39,7 +40,8 @@ def writes(connection: Any) -> int:
     Raises:
         sqlalchemy.exc.SQLAlchemyError: The database's error.
     """
-    return int(connection.exec_driver_sql("PRAGMA data_version").scalar())
+    number = connection.exec_driver_sql("PRAGMA data_version").scalar()
+    return id(connection.connection.dbapi_connection), int(number)
 
 
 def write(connection: Any, run_id: str, rows: Rows) -> None:
