@@ -139,6 +139,7 @@ def sources() -> dict[str, ast.AST]:
 
 def test_the_list_is_whole() -> None:
     """No private name of MLflow's is used that is not in the list, with the file that uses it."""
+    pytest.importorskip("azureml.mlflow", reason="its modules are told apart only if it is there")
     trees = sources()
     own = set().union(*map(named_in, trees.values()))
     missing = {

@@ -153,6 +153,7 @@ def test_a_new_run_is_not_looked_for(sqlite_uri: str, monkeypatch: pytest.Monkey
     """What is logged at once to a run that was just made costs no request to look for it; later,
     when others may have logged to it, and once it was deleted, it is looked for."""
     looked: list[str] = []
+    monkeypatch.setattr(known_runs, "_NEW_FOR_S", 600.0)
     ask = known_runs._ask
     monkeypatch.setattr(
         known_runs, "_ask", lambda client, run: (looked.append(run), ask(client, run))[1]

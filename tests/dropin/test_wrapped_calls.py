@@ -3,6 +3,7 @@ with MLflow alone, what it does takes effect, and afterwards calls are buffered 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial, wraps
@@ -253,7 +254,9 @@ def test_a_function_in_the_place_of_a_method(run_id: str, sqlite_uri: str) -> No
     with mock.patch.object(MlflowClient, "log_metric", lambda *_, **kwargs: calls.append(kwargs)):
         mlflow.log_metric("k", 1.0)
     assert [call["synchronous"] for call in calls] == [True]
-    assert rows(sqlite_uri) == (0, 0, 0)
+    # MLflow 3.1 reads the run before it logs, and what was logged is there by then.
+    reads = "run_id" in inspect.signature(fluent._get_model_ids_for_new_metric_if_exist).parameters
+    assert rows(sqlite_uri) == (int(reads), 0, 0)
     assert run_id
 
 
