@@ -1,9 +1,10 @@
 """Any number of runs may be logged to and never ended: loggers share what the process may have."""
 
-import os
-import resource
+import ast
+import sys
+import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from flowbuffer.logger import open_loggers
 from flowbuffer.spool.folders import Spool
 from flowbuffer.spool.producer_info import this_producer
 from support.backends import history, make_run
+from support.jobs import run_to_end
 
 NOWHERE = "http://127.0.0.1:9"  # refuses connections
 
@@ -29,31 +31,38 @@ def open_ones(loggers: list[MetricLogger]) -> list[int]:
     return [number for number, logger in enumerate(loggers) if logger._is_open]
 
 
-@pytest.fixture
-def limit() -> Iterator[Callable[[int], None]]:
-    """Sets how many descriptors this process may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_many_runs_that_never_end(tmp_path: Path, limit: Callable[[int], None]) -> None:
+def test_many_runs_that_never_end(tmp_path: Path) -> None:
     """With 48 descriptors a process logs to 60 runs, again and again, and nothing is lost."""
-    before = len(os.listdir("/dev/fd"))
-    limit(before + 48)
-    settings = Settings(spool_dir=tmp_path / "spool", offline=True, max_spool_bytes=1 << 30)
-    loggers = []
-    for number in range(60):
-        logger = MetricLogger(f"run{number}", tracking_uri=NOWHERE, settings=settings)
-        logger.log_metric("loss", float(number), 0)
-        loggers.append(logger)
-    for step in (1, 2):
-        for logger in loggers[::9]:
-            logger.log_metric("loss", 0.5, step)
-    assert len(os.listdir("/dev/fd")) <= before + 48
-    for number, logger in enumerate(loggers):
-        report = logger.close(0)
-        assert report.pending == (3 if number % 9 == 0 else 1)
+    job = (
+        tmp_path / "job.py"
+    )  # a process of its own, whose descriptors are not those of other tests
+    job.write_text(
+        textwrap.dedent(
+            f"""
+            import os, resource
+            from flowbuffer import MetricLogger
+
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (48, hard))
+            loggers = []
+            for number in range(60):
+                logger = MetricLogger(f"run{{number}}", tracking_uri="{NOWHERE}")
+                logger.log_metric("loss", float(number), 0)
+                loggers.append(logger)
+            for step in (1, 2):
+                for logger in loggers[::9]:
+                    logger.log_metric("loss", 0.5, step)
+            print([logger.close(0).pending for logger in loggers])
+            """
+        )
+    )
+    said = run_to_end(
+        [sys.executable, str(job)],
+        NOWHERE,
+        FLOWBUFFER_OFFLINE="1",
+        FLOWBUFFER_MAX_SPOOL_BYTES=str(1 << 30),
+    )
+    assert ast.literal_eval(said) == [3 if number % 9 == 0 else 1 for number in range(60)]
 
 
 @pytest.mark.usefixtures("few")
