@@ -274,7 +274,7 @@ def test_the_fluent_functions(sqlite_uri: str) -> None:
         ("thread", "logger.metric_logger.job_end.watch"),
         ("inline", "logger.metric_logger.job_end.watch"),
         ("inline", "spool.reading.reader.is_there"),
-        ("inline", "collector.collector.Reader"),
+        ("inline", "delivery.stream.Reader"),
     ],
 )
 def test_an_opening_that_is_interrupted_holds_nothing(

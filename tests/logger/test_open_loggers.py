@@ -21,7 +21,8 @@ NOWHERE = "http://127.0.0.1:9"  # refuses connections
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Three loggers may be producers at once."""
+    """Three loggers may be producers at once, and none is one yet."""
+    open_loggers._open.clear()
     monkeypatch.setattr(open_loggers, "most_producers", lambda: 3)
     yield
     open_loggers._open.clear()
