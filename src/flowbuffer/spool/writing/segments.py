@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from flowbuffer.errors import SpoolError, SpoolFull, SpoolGone
 from flowbuffer.spool import layout
-from flowbuffer.spool.files import opened
+from flowbuffer.spool.files import OwnedFile, opened
 from flowbuffer.spool.segment_files import bytes_at, offset_of
 
 #: ``MADV_POPULATE_WRITE`` (Linux 5.14): take the page faults of a segment at once.
@@ -44,9 +44,8 @@ def segment(path: Path, number: int, slots: int, *, durable: bool) -> mmap.mmap:
         SpoolFormatError: What is at ``path`` is no segment of this format.
     """
     try:
-        if not path.exists():
-            _make(path, number, slots)
-        with opened(path, os.O_RDWR) as file:
+        made = None if path.exists() else _make(path, number, slots)
+        with made or opened(path, os.O_RDWR) as file:
             header = os.pread(file.fileno(), layout.SEGMENT_HEADER_SIZE, 0)
             size = layout.segment_size(layout.parse_segment_header(header, number))
             buffer = mmap.mmap(file.fileno(), size, **_UNTRACKED)
@@ -81,19 +80,21 @@ def points_in(buffer: Any) -> Counter[int]:
     return found
 
 
-def _make(path: Path, number: int, slots: int) -> None:
+def _make(path: Path, number: int, slots: int) -> OwnedFile | None:
+    """A new segment; None if there is one by now."""
     unborn = path.with_name(f"{path.stem}.{next(_serials)}.new")
     try:
-        with opened(unborn, os.O_RDWR | os.O_CREAT) as file:
-            _reserve_blocks(file.fileno(), layout.segment_size(slots))
-            os.pwrite(file.fileno(), layout.segment_header(number, slots), 0)
+        file = opened(unborn, os.O_RDWR | os.O_CREAT)
+        _reserve_blocks(file.fileno(), layout.segment_size(slots))
+        os.pwrite(file.fileno(), layout.segment_header(number, slots), 0)
         # Unlike a rename, a link never takes the place of a segment that is there. So the reader
         # finds it whole, or not at all, and nobody's points are in a file that has lost its name.
         os.link(unborn, path)
     except FileExistsError:
-        pass
+        return None
     finally:
         unborn.unlink(missing_ok=True)
+    return file
 
 
 def _reserve_blocks(descriptor: int, size: int) -> None:

@@ -6,6 +6,7 @@ As in ``producer`` nothing here is guarded by a lock, and each change of state i
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,4 +211,7 @@ class Stores:
 
 def _reserve_rest(reserve: Any, buffer: Any) -> list[int]:
     """Reserve what is left of a segment, in one step; the offsets, one or more beyond its end."""
-    return list(itertools.islice(reserve.__self__, len(buffer) // SLOT_SIZE + 1))
+    counter = reserve.__self__
+    reached = int(re.findall(r"\d+", repr(counter))[0])  # or further, by now
+    left = max(len(buffer) - reached, 0) // SLOT_SIZE
+    return list(itertools.islice(counter, left + 1))
