@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flowbuffer.backends.originals import is_as_shipped
+from flowbuffer.originals import is_as_shipped
 from flowbuffer.dropin.arguments import (
     NotBuffered,
     Point,

@@ -8,7 +8,7 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from flowbuffer.backends.originals import is_as_shipped
+from flowbuffer.originals import is_as_shipped
 from flowbuffer.dropin.calls import METHODS, OURS, Calls
 from flowbuffer.dropin.functions import Functions
 from flowbuffer.dropin.methods import Methods
