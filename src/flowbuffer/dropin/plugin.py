@@ -1,8 +1,8 @@
 """What MLflow loads when it is imported: its entry point for tracking stores.
 
-It asks two variables: one for programs that log, one for MLflow's server. Where neither is set nothing
-changes, and nothing of flowbuffer is imported unless another variable looks as if it had been meant
-to be one of them.
+It asks two variables: one for programs that log, one for MLflow's server. Where neither is set
+nothing changes, and nothing of flowbuffer is imported unless another variable looks as if it had
+been meant to be the first one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The body of a request for log-batch, as columns: past protobuf, where that would take it as it is.
+"""The body of a log-batch request as columns, past protobuf, where that would take it as it is.
 
 Making messages of a body, and MLflow's objects of these, costs more than storing them. What is
 plain is what MLflow's clients send: metrics alone, with four fields each of the type that they

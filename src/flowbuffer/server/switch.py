@@ -29,6 +29,7 @@ def enable() -> None:
     def initialize_and_tell(*arguments: Any, **named: Any) -> None:
         initialize(*arguments, **named)
         reason = way.why_not(handlers._get_tracking_store())
-        tell(f"log-batch goes MLflow's own way: {reason}" if reason else "log-batch is in bulk")
+        way_taken = f"MLflow's own way: {reason}" if reason else "in bulk"
+        tell(f"batches of metrics are stored {way_taken}")
 
     handlers.initialize_backend_stores = initialize_and_tell

@@ -5,7 +5,6 @@ So no refusal of MLflow's is imitated: what it would refuse, or may, is answered
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -13,7 +12,7 @@ from flowbuffer.server.body import batch_of
 from flowbuffer.server.way import Way
 
 
-def bulk_view(handlers: Any, way: Way) -> Callable[[], Any]:
+def bulk_view(handlers: Any, way: Way) -> Any:
     """What takes the place of MLflow's view, and goes by its name.
 
     Args:
@@ -22,8 +21,6 @@ def bulk_view(handlers: Any, way: Way) -> Callable[[], Any]:
     """
     stock = handlers._log_batch
 
-    @handlers.catch_mlflow_exception
-    @handlers._disable_if_artifacts_only
     @wraps(stock)
     def log_batch() -> Any:
         batch = batch_of(handlers._get_request_json())
@@ -33,5 +30,4 @@ def bulk_view(handlers: Any, way: Way) -> Callable[[], Any]:
         response.set_data(handlers.message_to_json(handlers.LogBatch.Response()))
         return response
 
-    view: Callable[[], Any] = log_batch
-    return view
+    return handlers.catch_mlflow_exception(handlers._disable_if_artifacts_only(log_batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import CodeType
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from flowbuffer.originals import is_as_shipped
 from flowbuffer.server.body import Batch
 from flowbuffer.sql.bulk import write
 from flowbuffer.sql.store import checked, transaction, why_not
+from flowbuffer.turn import Turn
 
 #: Whatever MLflow's view of log-batch, and its store's ``log_batch``, name from MLflow 3.1.0 to
 #: 3.18.0. In a later one they may do more than is done here.
@@ -37,6 +39,8 @@ class Way:
         self._view = "" if is_as_shipped(handlers, "_log_batch") else "somebody replaced _log_batch"
         self._view = self._view or _says_more(handlers._log_batch)
         self._decided: tuple[Any, str] = (None, "")
+        # Who waits for SQLite's own lock sleeps, longer and longer: four clients are half as fast.
+        self._turns = {"sqlite": Turn()}
 
     def why_not(self, store: Any) -> str:
         """Why batches go MLflow's own way, in words; empty if they are written in bulk."""
@@ -62,8 +66,10 @@ class Way:
         if rows is None:
             return False
 
+        turn = self._turns.get(store.engine.dialect.name) or nullcontext()
+
         def write_once() -> None:
-            with transaction(store, batch.run_id) as connection:
+            with turn, transaction(store, batch.run_id) as connection:
                 write(connection, batch.run_id, rows)
 
         if hasattr(store, "_run_with_deadlock_retry"):  # an older MLflow has no such patience
