@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlflow.server.handlers as handlers
@@ -25,6 +24,7 @@ from flowbuffer.sql.store import checked
 from support.backends import make_run
 from support.tables import tables
 
+STOCK = handlers.HANDLERS[LogBatch]
 GOOD = {"key": "a", "value": 0.5, "timestamp": 1, "step": 2}
 
 VALUES = st.one_of(
@@ -120,7 +120,7 @@ def batch(run_id: str, name: str = "a") -> Batch:
 def test_a_name_that_mlflow_refuses_is_left_to_it(name: str, sqlite_uri: str) -> None:
     """A metric that MLflow's store would refuse is not stored in bulk, and neither is its batch."""
     store, run_id = _get_store(sqlite_uri), make_run(sqlite_uri)
-    way = Way(handlers)
+    way = Way(STOCK)
     assert way.log(store, batch(run_id))
     assert not way.log(store, batch(run_id, name))
     assert len(tables(store.engine, run_id)["metrics"]) == 3
@@ -131,23 +131,23 @@ def test_a_view_that_does_more_is_mlflows(sqlite_uri: str) -> None:
     it, every batch goes MLflow's own way, and the reason is said."""
     store = _get_store(sqlite_uri)
 
-    def handlers_of(file: str) -> Any:
-        defined = SimpleNamespace(__name__="mlflow.server.handlers")
+    def view_of(file: str) -> Any:
+        space: dict[str, Any] = {}
         code = "def _log_batch(): return _count(_get_tracking_store())"
-        exec(compile(code, file, "exec"), vars(defined))
-        return defined
+        exec(compile(code, file, "exec"), space)
+        return space["_log_batch"]
 
-    newer = Way(handlers_of(handlers.__file__))
+    newer = Way(view_of(handlers.__file__))
     assert newer.why_not(store) == "MLflow's _log_batch is new to it (_count)"
     assert not newer.log(store, batch(make_run(sqlite_uri)))
-    assert Way(handlers_of("elsewhere.py")).why_not(store) == "somebody replaced _log_batch"
-    assert Way(handlers).why_not(store) == ""
+    assert Way(view_of("elsewhere.py")).why_not(store) == "somebody replaced its view"
+    assert Way(STOCK).why_not(store) == ""
 
 
 def test_a_database_that_is_away_is_asked_again(sqlite_uri: str, tmp_path: Path) -> None:
     """Where the database does not answer, that batch is MLflow's, and the next one is looked at
     anew."""
-    store, run_id, way = _get_store(sqlite_uri), make_run(sqlite_uri), Way(handlers)
+    store, run_id, way = _get_store(sqlite_uri), make_run(sqlite_uri), Way(STOCK)
     file = Path(sqlite_uri.removeprefix("sqlite:///"))
     store.engine.dispose()
     file.rename(tmp_path / "elsewhere")
@@ -179,7 +179,7 @@ def test_a_run_of_another_workspace_is_not_found(in_workspace: Any) -> None:
     """With workspaces, too, batches are stored in bulk, and a run of another workspace is not
     there: the error is MLflow's, and nothing is stored."""
     store, workspace = in_workspace
-    way = Way(handlers)
+    way = Way(STOCK)
     with workspace("default"):
         run_id = store.create_run("0", "somebody", 1, [], "run").info.run_id
         assert way.why_not(store) == ""
@@ -200,4 +200,4 @@ def test_a_store_for_workspaces_that_does_more_is_left_to_mlflow(
     """A store for workspaces that does another step in its own way is not written in bulk."""
     store, _ = in_workspace
     monkeypatch.setattr(type(store), "_get_run", lambda *_, **__: None, raising=False)
-    assert "WorkspaceAwareSqlAlchemyStore, and not" in Way(handlers).why_not(store)
+    assert "WorkspaceAwareSqlAlchemyStore, and not" in Way(STOCK).why_not(store)

@@ -179,13 +179,11 @@ PRIVATE_NAMES: Final = {
     "mlflow.utils.validation:_validate_metric": Use("sql/store.py", "a metric's name"),
     "mlflow.utils.validation:_validate_run_id": Use("sql/store.py", "a run's id"),
     # MLflow's server: what stands behind log-batch.
-    _HANDLERS: Use("dropin/plugin.py server/switch.py", "replacing the view before its routes"),
     **{
         f"{_HANDLERS}:{name}": Use(files, purpose)
         for name, files, purpose in (
-            ("HANDLERS", "server/switch.py", "replacing the view"),
+            ("HANDLERS", "dropin/plugin.py server/switch.py", "replacing the view"),
             ("initialize_backend_stores", "server/switch.py", "telling at the start"),
-            ("_log_batch", "server/view.py server/way.py", "MLflow's view"),
             ("_get_tracking_store", "server/view.py server/switch.py", "the server's store"),
             ("_get_request_json", "server/view.py", "the body of a request"),
             ("_disable_if_artifacts_only", "server/view.py", "what stands before the view"),

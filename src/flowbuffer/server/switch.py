@@ -21,8 +21,9 @@ def enable() -> None:
     """
     from mlflow.server import handlers
 
-    way = Way(handlers)
-    handlers.HANDLERS[handlers.LogBatch] = bulk_view(handlers, way)
+    stock = handlers.HANDLERS[handlers.LogBatch]
+    way = Way(stock)
+    handlers.HANDLERS[handlers.LogBatch] = bulk_view(handlers, stock, way)
     initialize = handlers.initialize_backend_stores
 
     @wraps(initialize)

@@ -12,14 +12,14 @@ from flowbuffer.server.body import batch_of
 from flowbuffer.server.way import Way
 
 
-def bulk_view(handlers: Any, way: Way) -> Any:
+def bulk_view(handlers: Any, stock: Any, way: Way) -> Any:
     """What takes the place of MLflow's view, and goes by its name.
 
     Args:
         handlers: ``mlflow.server.handlers``.
+        stock: MLflow's view.
         way: Which way a store takes.
     """
-    stock = handlers._log_batch
 
     @wraps(stock)
     def log_batch() -> Any:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from types import CodeType
 from typing import Any, Final
 
-from flowbuffer.originals import is_as_shipped
+from flowbuffer.originals import is_mlflows
 from flowbuffer.server.body import Batch
 from flowbuffer.sql.bulk import write
 from flowbuffer.sql.store import checked, transaction, why_not
@@ -32,12 +32,12 @@ class Way:
     """Decides once for each store.
 
     Args:
-        handlers: ``mlflow.server.handlers``, as it was executed.
+        view: MLflow's, of log-batch.
     """
 
-    def __init__(self, handlers: Any) -> None:
-        self._view = "" if is_as_shipped(handlers, "_log_batch") else "somebody replaced _log_batch"
-        self._view = self._view or _says_more(handlers._log_batch)
+    def __init__(self, view: Any) -> None:
+        is_replaced = not is_mlflows(view)
+        self._view = "somebody replaced its view" if is_replaced else _says_more(view)
         self._decided: tuple[Any, str] = (None, "")
         # Who waits for SQLite's own lock sleeps, longer and longer: four clients are half as fast.
         self._turns = {"sqlite": Turn()}
