@@ -19,6 +19,7 @@ from mlflow.tracking._tracking_service.utils import _get_store
 from mlflow.utils.proto_json_utils import parse_dict
 
 from flowbuffer.server.body import Batch, batch_of
+from flowbuffer.server.switch import enable
 from flowbuffer.server.way import Way
 from flowbuffer.sql.store import checked
 from support.backends import make_run
@@ -142,6 +143,17 @@ def test_a_view_that_does_more_is_mlflows(sqlite_uri: str) -> None:
     assert not newer.log(store, batch(make_run(sqlite_uri)))
     assert Way(view_of("elsewhere.py")).why_not(store) == "somebody replaced its view"
     assert Way(STOCK).why_not(store) == ""
+
+
+@pytest.mark.parametrize("name", ["initialize_backend_stores", "LogBatch"])
+def test_a_server_made_otherwise_starts(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where MLflow's server lacks a name that is used, it keeps its view, and that is said."""
+    monkeypatch.delattr(handlers, name)
+    enable()
+    assert handlers.HANDLERS[LogBatch] is STOCK
+    assert "MLflow's own way: this MLflow is new to it" in capsys.readouterr().err
 
 
 def test_a_database_that_is_away_is_asked_again(sqlite_uri: str, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from flowbuffer.notices import tell
 from flowbuffer.server.view import bulk_view
 from flowbuffer.server.way import Way
 
+_OWN_WAY = "batches of metrics are stored MLflow's own way"
+
 
 def enable() -> None:
     """Replace the view, and tell once, when the server starts, which way batches go.
@@ -21,16 +23,24 @@ def enable() -> None:
     """
     from mlflow.server import handlers
 
+    try:
+        _replace(handlers)
+    except (AttributeError, KeyError) as error:  # a server starts, whatever it is made of
+        tell(f"{_OWN_WAY}: this MLflow is new to it ({error})")
+
+
+def _replace(handlers: Any) -> None:
     stock = handlers.HANDLERS[handlers.LogBatch]
     way = Way(stock)
-    handlers.HANDLERS[handlers.LogBatch] = bulk_view(handlers, stock, way)
+    view = bulk_view(handlers, stock, way)
     initialize = handlers.initialize_backend_stores
 
     @wraps(initialize)
     def initialize_and_tell(*arguments: Any, **named: Any) -> None:
         initialize(*arguments, **named)
         reason = way.why_not(handlers._get_tracking_store())
-        way_taken = f"MLflow's own way: {reason}" if reason else "in bulk"
-        tell(f"batches of metrics are stored {way_taken}")
+        tell(f"{_OWN_WAY}: {reason}" if reason else "batches of metrics are stored in bulk")
 
     handlers.initialize_backend_stores = initialize_and_tell
+    if not way.unknown_view:
+        handlers.HANDLERS[handlers.LogBatch] = view

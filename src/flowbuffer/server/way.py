@@ -33,11 +33,14 @@ class Way:
 
     Args:
         view: MLflow's, of log-batch.
+
+    Attributes:
+        unknown_view: Why that view may not be replaced, in words; empty if it may.
     """
 
     def __init__(self, view: Any) -> None:
         is_replaced = not is_mlflows(view)
-        self._view = "somebody replaced its view" if is_replaced else _says_more(view)
+        self.unknown_view = "somebody replaced its view" if is_replaced else _says_more(view)
         self._decided: tuple[Any, str] = (None, "")
         # Who waits for SQLite's own lock sleeps, longer and longer: four clients are half as fast.
         self._turns = {"sqlite": Turn()}
@@ -49,7 +52,7 @@ class Way:
         of, reason = self._decided
         if of is not store:
             try:
-                reason = self._view or why_not(store)
+                reason = self.unknown_view or why_not(store)
                 reason = reason or _says_more(type(store).log_batch)
             except SQLAlchemyError as error:  # it may be there for the next batch
                 return f"its database does not answer ({type(error).__name__})"
