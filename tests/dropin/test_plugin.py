@@ -322,6 +322,7 @@ def test_a_misspelt_switch_is_told(scripts: Scripts, sqlite_uri: str) -> None:
         ),
         "FLOWBUFFER_ENABLED": ("jein", "allowed are 1, true, yes, on, 0, false, no, off"),
         "FLOWBUFFER_OFFLINE": ("on", None),
+        "FLOWBUFFER_SERVER": ("jein", "allowed are 1, true, yes, on, 0, false, no, off"),
     }
     started = {
         variable: scripts.start("import mlflow", sqlite_uri, **{variable: text})

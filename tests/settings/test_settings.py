@@ -13,6 +13,7 @@ import pytest
 
 from flowbuffer import SettingError, Settings
 from flowbuffer.dropin.plugin import NO, YES
+from flowbuffer.settings.environment import said_of_settings
 from flowbuffer.settings.settings import kinds_of_settings
 from flowbuffer.settings.values import BOOLEANS, variable_of
 
@@ -154,3 +155,8 @@ def test_a_number_of_numpy_is_a_number() -> None:
     settings = Settings(linger_s=np.float32(0.5), max_batch_size=np.int64(10))  # type: ignore[arg-type]
     assert (settings.linger_s, settings.max_batch_size) == (0.5, 10)
     assert type(settings.max_batch_size) is int
+
+
+def test_the_servers_switch_is_no_setting() -> None:
+    """FLOWBUFFER_SERVER says nothing to who logs, and is not taken for a misspelt setting."""
+    assert said_of_settings(kinds_of_settings(), {"FLOWBUFFER_SERVER": "1"}) == {}

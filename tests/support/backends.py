@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +46,7 @@ class MlflowServer:
     """A real `mlflow server` in a process group of its own, on one port for its whole life.
 
     A context manager: it runs inside the block and is gone after it. It logs to
-    `artifacts_dir`/server.log.
+    `artifacts_dir`/server.log. `options` are more of the command's, `environment` more variables.
     """
 
     def __init__(
@@ -55,7 +55,10 @@ class MlflowServer:
         artifacts_dir: Path,
         workers: int = 1,
         port: int | None = None,
+        options: Sequence[str] = (),
+        **environment: str,
     ) -> None:
+        self._environment = environment
         self.port = port or free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.log = artifacts_dir / "server.log"
@@ -64,7 +67,7 @@ class MlflowServer:
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
         self._command += ["--port", str(self.port), "--workers", str(workers)]
         self._command += ["--backend-store-uri", backend_uri]
-        self._command += ["--artifacts-destination", str(artifacts_dir)]
+        self._command += ["--artifacts-destination", str(artifacts_dir), *options]
 
     @property
     def pid(self) -> int | None:
@@ -79,6 +82,7 @@ class MlflowServer:
         env = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_SETTINGS)}
         env |= {"MLFLOW_DISABLE_TELEMETRY": "true", MARK: self._mark}
         env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # ten processes and 1.3 GB less
+        env |= self._environment
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flowbuffer.backends.originals import is_as_shipped
 from flowbuffer.dropin.arguments import (
     NotBuffered,
     Point,
@@ -25,6 +24,7 @@ from flowbuffer.dropin.calls import METHODS
 from flowbuffer.errors import FlowbufferError, InvalidPoint
 from flowbuffer.logger.handle import Handle
 from flowbuffer.logger.metric_logger import MetricLogger
+from flowbuffer.originals import is_as_shipped
 from flowbuffer.spool.layout import PARAM, TAG
 
 

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from flowbuffer.backends.originals import is_as_shipped
 from flowbuffer.dropin.synchronous import Mode
 from flowbuffer.logger.by_run import run_settings
+from flowbuffer.originals import is_as_shipped
 from flowbuffer.settings.environment import environment_job_place
 
 Original = Callable[..., Any]

@@ -1,7 +1,8 @@
 """What MLflow loads when it is imported: its entry point for tracking stores.
 
-It asks one variable. Where that is not set nothing changes, and nothing of flowbuffer is imported
-unless another variable looks as if it had been meant to be the one.
+It asks two variables: one for programs that log, one for MLflow's server. Where neither is set
+nothing changes, and nothing of flowbuffer is imported unless another variable looks as if it had
+been meant to be the first one.
 """
 
 from __future__ import annotations
@@ -34,17 +35,22 @@ def _at_the_very_end() -> None:
 
 
 class _EnableAfter:
-    """Finds one module as Python would, and enables flowbuffer once it is executed.
+    """Finds one module as Python would, and enables something of flowbuffer's once it is executed.
 
     MLflow is being imported, and hands its functions out only after that.
+
+    Args:
+        name: Of the module.
+        switch: The module whose ``enable`` is called.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, switch: str) -> None:
+        self._name, self._switch = name, switch
 
     def find_spec(self, name: str, *_: Any) -> Any:
         if name != self._name:
             return None
+        from importlib import import_module
         from importlib.util import find_spec
 
         sys.meta_path.remove(self)
@@ -53,19 +59,29 @@ class _EnableAfter:
             execute = spec.loader.exec_module
 
             def execute_and_enable(module: Any) -> None:
-                from flowbuffer.dropin.switch import enable
-
+                switch = import_module(self._switch)
                 execute(module)
-                enable()
+                switch.enable()
 
             spec.loader.exec_module = execute_and_enable  # type: ignore[method-assign]
         return spec
 
 
+def _is_on(variable: str, otherwise: str) -> bool:
+    """Whether a variable says yes. One that says neither that nor no is warned of."""
+    said = os.environ.get(variable, "").strip().lower()
+    if said and said not in YES + NO:
+        from warnings import warn
+
+        allowed = ", ".join(YES + NO)
+        warn(f"{variable}={said!r}: allowed are {allowed}; {otherwise}", stacklevel=3)
+    return said in YES
+
+
 def _warn_of_misspelt() -> None:
     """Where the switch is not set, see whether a variable that says yes was meant to be it."""
     for name, text in os.environ.items():
-        if name.startswith("FLOWBUFFER_") and text.strip().lower() in YES:
+        if name.startswith("FLOWBUFFER_") and name != SERVER and text.strip().lower() in YES:
             from flowbuffer.settings.environment import said_of_settings
             from flowbuffer.settings.settings import kinds_of_settings
 
@@ -77,13 +93,11 @@ def _warn_of_misspelt() -> None:
 YES = ("1", "true", "yes", "on")
 NO = ("0", "false", "no", "off")
 
-_said = os.environ.get("FLOWBUFFER_ENABLED", "").strip().lower()
-if _said in YES:
-    sys.meta_path.insert(0, _EnableAfter("mlflow.tracking.fluent"))
-elif not _said:
-    _warn_of_misspelt()
-elif _said not in NO:
-    from warnings import warn
+CLIENT, SERVER = "FLOWBUFFER_ENABLED", "FLOWBUFFER_SERVER"
 
-    allowed = ", ".join(YES + NO)
-    warn(f"FLOWBUFFER_ENABLED={_said!r}: allowed are {allowed}; nothing is buffered", stacklevel=2)
+if _is_on(CLIENT, "nothing is buffered"):
+    sys.meta_path.insert(0, _EnableAfter("mlflow.tracking.fluent", "flowbuffer.dropin.switch"))
+elif not os.environ.get(CLIENT, "").strip():
+    _warn_of_misspelt()
+if _is_on(SERVER, "the server stores batches as ever"):
+    sys.meta_path.insert(0, _EnableAfter("mlflow.server.handlers", "flowbuffer.server.switch"))

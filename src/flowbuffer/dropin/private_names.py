@@ -33,6 +33,7 @@ _STORE = "mlflow.store.tracking.abstract_store:AbstractStore"
 _REST_STORE = "mlflow.store.tracking.rest_store:RestStore"
 _SQL_STORE = "mlflow.store.tracking.sqlalchemy_store:SqlAlchemyStore"
 _HTTP = "mlflow.utils.rest_utils"
+_HANDLERS = "mlflow.server.handlers"
 _AUTH = (
     "azureml.mlflow._common._authentication.azureml_token_authentication:AzureMLTokenAuthentication"
 )
@@ -132,12 +133,12 @@ PRIVATE_NAMES: Final = {
     f"{_STORE}.get_logged_model": Use("backends/stored_nans.py", "NaN that a model has"),
     f"{_STORE}.update_run_info": Use("logger/run_status.py", "ending a run by one request"),
     _SQL_STORE: Use(
-        "logger/active_run.py backends/mlflow_client.py backends/database.py",
+        "logger/active_run.py backends/mlflow_client.py sql/store.py",
         "importing it early; its engines; whether a store is MLflow's",
     ),
     f"{_SQL_STORE}#engine": Use(
         "backends/mlflow_client.py backends/mlflow_transport.py backends/idle_clients.py"
-        " backends/database.py logger/run_status.py",
+        " backends/database.py sql/store.py server/way.py logger/run_status.py",
         "closing a database's connections; whether it is one",
     ),
     f"{_SQL_STORE}._engine_map": Use(
@@ -150,13 +151,12 @@ PRIVATE_NAMES: Final = {
     ),
     # A database is written in bulk where all of these are as MLflow shipped them.
     **{
-        f"{_SQL_STORE}{name}": Use("backends/database.py", purpose)
+        f"{_SQL_STORE}{name}": Use("sql/store.py", purpose)
         for name, purpose in (
             ("#ManagedSessionMaker", "a session, with MLflow's errors"),
             ("._get_run", "the run"),
             ("._check_run_is_active", "whether it takes metrics"),
             ("._get_query", "whether somebody replaced it"),
-            (".log_batch", "whether somebody replaced it"),
             (".log_batch_async", "whether somebody replaced it"),
             ("._log_metrics", "whether somebody replaced it"),
             ("._log_model_metrics", "whether somebody replaced it"),
@@ -164,11 +164,35 @@ PRIVATE_NAMES: Final = {
             (".sanitize_metric_value", "whether somebody replaced it"),
         )
     },
-    f"{_SQL_STORE}._log_metrics_once": Use(
-        "backends/database.py", "whether somebody replaced it", since="3.17.2"
+    f"{_SQL_STORE}.log_batch": Use(
+        "sql/store.py server/way.py", "whether somebody replaced it; what it does"
     ),
-    "mlflow.utils.validation:_validate_metric": Use("backends/database.py", "a metric's name"),
-    "mlflow.utils.validation:_validate_run_id": Use("backends/database.py", "a run's id"),
+    f"{_SQL_STORE}._log_metrics_once": Use(
+        "sql/store.py", "whether somebody replaced it", since="3.17.2"
+    ),
+    f"{_SQL_STORE}._run_with_deadlock_retry": Use(
+        "server/way.py", "its patience with a deadlock", since="3.15.0"
+    ),
+    "mlflow.store.tracking.sqlalchemy_workspace_store:WorkspaceAwareSqlAlchemyStore": Use(
+        "sql/store.py", "whether a store is MLflow's", since="3.15.0"
+    ),
+    "mlflow.utils.validation:_validate_metric": Use("sql/store.py", "a metric's name"),
+    "mlflow.utils.validation:_validate_run_id": Use("sql/store.py", "a run's id"),
+    # MLflow's server: what stands behind log-batch.
+    **{
+        f"{_HANDLERS}:{name}": Use(files, purpose)
+        for name, files, purpose in (
+            ("HANDLERS", "dropin/plugin.py server/switch.py", "replacing the view"),
+            ("initialize_backend_stores", "server/switch.py", "telling at the start"),
+            ("_get_tracking_store", "server/view.py server/switch.py", "the server's store"),
+            ("_get_request_json", "server/view.py", "the body of a request"),
+            ("_disable_if_artifacts_only", "server/view.py", "what stands before the view"),
+            ("catch_mlflow_exception", "server/view.py", "MLflow's answer to an error"),
+            ("message_to_json", "server/view.py", "MLflow's answer"),
+            ("Response", "server/view.py", "MLflow's answer"),
+            ("LogBatch", "server/view.py server/switch.py", "MLflow's answer; its view"),
+        )
+    },
     "mlflow.store.db.db_types:DATABASE_ENGINES": Use(
         "backends/mlflow_client.py", "which schemes are databases"
     ),

@@ -8,13 +8,13 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from flowbuffer.backends.originals import is_as_shipped
 from flowbuffer.dropin.calls import METHODS, OURS, Calls
 from flowbuffer.dropin.functions import Functions
 from flowbuffer.dropin.methods import Methods
 from flowbuffer.dropin.reads import Waits, flush_async_logging, request
 from flowbuffer.forks import in_child
 from flowbuffer.logger.by_run import use_settings, wait_for_own_runs
+from flowbuffer.originals import is_as_shipped
 from flowbuffer.settings.settings import Settings
 
 

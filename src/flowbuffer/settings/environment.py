@@ -71,8 +71,12 @@ def _said(environ: Mapping[str, str] | None) -> dict[str, str]:
     return {
         name.removeprefix(ENVIRONMENT_PREFIX).lower(): text
         for name, text in (os.environ if environ is None else environ).items()
-        if name.startswith(ENVIRONMENT_PREFIX) and text
+        if name.startswith(ENVIRONMENT_PREFIX) and text and name != _SERVER
     }
+
+
+#: It says what MLflow's server does (``dropin/plugin.py``), and nothing of who logs.
+_SERVER = "FLOWBUFFER_SERVER"
 
 
 def _unknown(name: str, settings: Collection[str]) -> str:

@@ -16,11 +16,11 @@ def is_as_shipped(owner: Any, name: str) -> bool:
         function = vars(holder).get(name)
         if function is not None:
             module = getattr(holder, "__module__", None) or holder.__name__
-            return module.split(".")[0] != "mlflow" or _is_mlflows(function)
+            return module.split(".")[0] != "mlflow" or is_mlflows(function)
     return False
 
 
-def _is_mlflows(function: Any) -> bool:
+def is_mlflows(function: Any) -> bool:
     """Whether its code is in MLflow's files: a wrapper's is not, whatever name it goes by."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename.startswith(tuple(sys.modules["mlflow"].__path__))

@@ -1,0 +1,1 @@
+"""What MLflow's own server does with a batch of metrics, where FLOWBUFFER_SERVER says so."""
