@@ -109,8 +109,8 @@ class TransportError(FlowbufferError):
 
 
 class RetriableError(TransportError):
-    """The same request may succeed later: no connection, time-out, 408, 429, 5xx, a redirect, an
-    answer that is not MLflow's, and whatever went wrong on this side before there was an answer."""
+    """The same request may succeed later: no connection, time-out, 408, 425, 429, 5xx, a redirect,
+    an answer that is not MLflow's, and whatever went wrong on this side before there was one."""
 
 
 class DoubtfulError(RetriableError):

@@ -27,7 +27,8 @@ from flowbuffer.testing import FakeTransport, ManualClock
 from support.left_over import leave
 from support.waiting import PATIENCE_S
 
-COMMANDS = ("status", "sync", "rejected", "clean", "doctor")
+OF_SPOOL = ("status", "sync", "rejected", "clean")
+COMMANDS = (*OF_SPOOL, "doctor", "settings")
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_json_is_one_document(ask: Ask, command: str) -> None:
     assert isinstance(answer, (dict, list))
 
 
-@pytest.mark.parametrize("command", COMMANDS[:-1])
+@pytest.mark.parametrize("command", OF_SPOOL)
 def test_no_spool_is_misuse(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

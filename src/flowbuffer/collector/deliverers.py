@@ -29,9 +29,10 @@ class Delivery(Protocol):
 
     Attributes:
         spool: Where the folder is.
-        goes_on: What happens to what is left when the process ends, for its last line.
+        goes_on: What becomes of what is left when the process ends: in the last line, the words
+            before "deliver them with: flowbuffer sync". Empty if nobody goes on.
         environment: Of this process, where delivery depends on it, as a fingerprint.
-        tended: Called every now and then, in any thread; by who delivers in this process, or
+        tended: Set by the logger; called about every 2 s in whatever thread delivers here, or
             watches who does.
     """
 
@@ -57,7 +58,7 @@ class Delivery(Protocol):
         """Whether delivery goes on only when who asks has returned: it is a signal handler."""
 
     def is_stuck(self) -> bool:
-        """Whether waiting for what dead producers left is in vain."""
+        """Whether waiting for what dead producers left is in vain, or others deliver it."""
 
     def left_by_dead(self, run_id: str) -> list[Path]:
         """The folders of a run whose producers died, to be delivered before the run ends."""

@@ -5,6 +5,8 @@
     <spool_dir>/                     mode 0700, files 0600
       spool.json                     the mark: this folder is a spool, of this format
       collector.lock                 flock, held by the collector process; its pid
+      collector.environment          the fingerprint of that process's environment
+      collector-<fingerprint>.lock   as collector.lock, of one with another environment
       collector.log                  what that process has to say
       runs.json, runs.lock           runs that ``flowbuffer sync`` created
       <run>/<producer>/              one producer: one process logging to one run
@@ -15,7 +17,8 @@
         00000000.slots               a segment: a header and a fixed number of slots
         00000000.journal             frames that the slots of that segment point to
         carry                        one frame: what outlives a deleted segment
-        delivery.json                how delivery is doing: for people, no promise rests on it
+        delivery.json                how delivery is doing: for people and who waits; no point
+                                     depends on it
         rejected.jsonl               dead letters, one JSON object a line
         00000000.damaged             a segment that could not be read, kept
         00000000.states              what became of the slots of a segment that was deleted, if not

@@ -24,6 +24,8 @@ SLOT_DTYPE: Final = np.dtype(layout.SLOT_COLUMNS)  # type: ignore[call-overload]
 class Block:
     """Consecutive points of one segment, in the order of the calls; columns of one length.
 
+    Who makes one (``blocks``, ``series_columns``, ``logger.succession``) goes by their order.
+
     ``slot``: index in the segment (the points of a series share theirs). ``key``: key id.
     ``time``: ms since the epoch. ``explicit``: the caller gave that time. ``state``: of the slot.
     ``kind``: 0 for a metric; PARAM or TAG for a text, whose ``step`` is its offset in the journal.
