@@ -289,6 +289,30 @@ def test_a_folder_that_is_delivered_elsewhere_holds_it(rig: Rig) -> None:
     assert rig.transport.history("run", "loss") != []
 
 
+def test_who_is_interrupted_while_a_folder_ends_holds_it_no_longer(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between any two lines that hand a folder on leaves no lock once the collector is
+    closed, though something still refers to the stream."""
+    producer, directory = rig.producer()
+    producer.append("loss", 1.0)
+    assert not rig.work()
+    (stream,) = rig.collector.streams
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(stream.reader), "close", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rig.collector.hand_on(stream)
+    rig.collector.close()
+    claim = rig.spool.claim(directory.path, living=True)
+    assert claim is not None
+    claim.release()
+    assert stream.path == directory.path
+
+
 def test_a_folder_that_is_handed_on_holds_up_no_other_of_its_run(rig: Rig) -> None:
     """A folder can be handed on while its points are in one batch with another producer's, and
     both go on."""

@@ -244,8 +244,13 @@ class Collector:
         # a folder that is settled is let go here, and not by whoever has to claim it first.
         stream.paused = stream.leaving
         if stream.reader.settled:
+            try:
+                has_to_stay = stream.let_go()
+            except Exception:
+                self._forget(stream)  # else it would fail in each round
+                raise
             self._forget(stream)
-            if stream.let_go():
+            if has_to_stay:
                 self._left_alone.add(stream.path)
         elif stream.paused and not stream.reader.on_their_way:
             self.hand_on(stream)
@@ -258,8 +263,8 @@ class Collector:
 
     def _hand_on(self, streams: list[Stream]) -> None:
         for stream in streams:
-            self._forget(stream)
             stream.hand_on()
+            self._forget(stream)
 
     def _take_turns(self, count: int, now_s: float) -> None:
         """Hand ``count`` folders on in which nothing is to be done just now, those first that were
@@ -297,9 +302,9 @@ class Collector:
                 del self._transports[at]
 
     def _forget(self, stream: Stream) -> None:
-        """The stream is about to end. It is forgotten first, so that whatever fails in its end does
-        not do so in each round."""
+        """The stream has ended. It is forgotten only now: who was interrupted on the way here finds
+        it when the collector is closed, and ends it once more."""
         self.streams.remove(stream)
-        if stream.sender.streams.keys() == {stream.number}:  # nobody else needs the sender
+        if not stream.sender.streams:  # nobody needs the sender
             self._senders = {at: s for at, s in self._senders.items() if s is not stream.sender}
             self._close_transports()
