@@ -213,15 +213,22 @@ def pairs() -> Callable[[str], Pair]:
     return lambda uri: found.get(uri) or found.setdefault(uri, Pair(uri))
 
 
-@settings(
-    max_examples=2000 if sampling.every else 25,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@example(events=TIES)
-@example(events=[*TIES, ("again", 0, 0)])
-@example(events=REFUSALS)
-@example(events=ABOUT)
-@given(events=EVENTS)
+def whatever_is_logged(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Calls a test with events: those that found something once, and so many others."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        test = given(events=EVENTS)(test)
+        for events in (ABOUT, REFUSALS, [*TIES, ("again", 0, 0)], TIES):
+            test = example(events=events)(test)
+        return settings(
+            max_examples=2000 if sampling.every else examples,
+            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        )(test)
+
+    return decorate
+
+
+@whatever_is_logged(25)
 def test_sqlite_has_what_mlflow_writes(
     sqlite_uri: str, pairs: Callable[[str], Pair], events: list[Any]
 ) -> None:
@@ -230,15 +237,7 @@ def test_sqlite_has_what_mlflow_writes(
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@settings(
-    max_examples=2000 if sampling.every else 10,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@example(events=TIES)
-@example(events=[*TIES, ("again", 0, 0)])
-@example(events=REFUSALS)
-@example(events=ABOUT)
-@given(events=EVENTS)
+@whatever_is_logged(10)
 def test_postgresql_has_what_mlflow_writes(
     driver: str, postgres_uri: str, pairs: Callable[[str], Pair], events: list[Any]
 ) -> None:

@@ -51,7 +51,7 @@ class Background:
             that nothing is left, so that who asked while it ended is not forgotten.
 
     Attributes:
-        is_over: Set it, and ``work`` returns as soon as it looks; no thread is started any more.
+        is_stopping: Set it, and ``work`` returns as soon as it looks; no thread is started then.
     """
 
     def __init__(self, name: str, work: Callable[[], None], has_work: Callable[[], bool]) -> None:
@@ -61,7 +61,7 @@ class Background:
         # Of whoever works. Who asks only looks at it, and never waits for it.
         self._turn = threading.Lock()
         self._standing_in = 0  # the thread that does, in another one's place
-        self.is_over = False  # no thread is to work any more
+        self.is_stopping = False  # no thread is to work any more
 
     @property
     def at_work(self) -> bool:
@@ -70,7 +70,7 @@ class Background:
 
     def begin(self) -> bool:
         """See to it that a thread works; False if none can, at the interpreter's end."""
-        if self.is_over:
+        if self.is_stopping:
             return False
         if not self.at_work:
             try:
@@ -103,5 +103,5 @@ class Background:
                 self._work()
             finally:
                 self._turn.release()
-            if self.is_over or not self._has_work():
+            if self.is_stopping or not self._has_work():
                 return

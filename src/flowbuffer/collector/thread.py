@@ -109,7 +109,7 @@ class CollectorThread:
         """No thread works any more; who asks does the work. Waits, but not for long, until it has
         stopped: CPython before 3.14 ends a thread that runs when the interpreter does, and aborts
         the process if that is in C++, as parts of NumPy are."""
-        self._background.is_over = True
+        self._background.is_stopping = True
         self._wake.set()
         self._wait_until(lambda: not self._background.at_work, _STOPS_S)
 
@@ -135,7 +135,7 @@ class CollectorThread:
     # In the thread, or where there can be none in whoever asks.
 
     def _work(self) -> None:
-        while not self._background.is_over:
+        while not self._background.is_stopping:
             next_s = self._round()
             if self._asked.empty() and self._is_done():
                 self._close()

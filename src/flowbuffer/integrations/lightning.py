@@ -24,7 +24,8 @@ except ImportError:
 
 from flowbuffer.backends.experiments import find_or_create
 from flowbuffer.integrations.loggable import Loggable
-from flowbuffer.logger.metric_logger import MetricLogger, starts_runs
+from flowbuffer.logger.active_run import starts_runs
+from flowbuffer.logger.metric_logger import MetricLogger
 from flowbuffer.settings.environment import environment_run_id
 from flowbuffer.settings.settings import Settings, settings_with
 

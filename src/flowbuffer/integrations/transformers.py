@@ -16,8 +16,8 @@ except ImportError as error:
     ) from error
 
 from flowbuffer.integrations.loggable import Loggable
-from flowbuffer.logger.active_run import mark_ended
-from flowbuffer.logger.metric_logger import MetricLogger, starts_runs
+from flowbuffer.logger.active_run import mark_ended, starts_runs
+from flowbuffer.logger.metric_logger import MetricLogger
 from flowbuffer.settings.environment import environment_run_id
 from flowbuffer.settings.settings import Settings, settings_with
 

@@ -15,9 +15,11 @@ from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.errors import FlowbufferError, InvalidArgument, RetriableError, described
 from flowbuffer.settings.environment import (
     environment_experiment,
+    environment_job_place,
     environment_run_id,
     environment_tracking_uri,
 )
+from flowbuffer.settings.settings import Settings
 
 #: How long a server may take to answer before a run is started, in s.
 _ANSWER_S = 10.0
@@ -43,6 +45,12 @@ def current_uri() -> str:
     if here not in _default_uris:
         _default_uris[here] = _tracking.get_tracking_uri()
     return _default_uris[here]
+
+
+def starts_runs(settings: Settings) -> bool:
+    """Whether a logger here starts a run where there is none: not offline, and not on a rank that
+    does not log."""
+    return not settings.offline and settings.logs(environment_job_place().rank)
 
 
 def settled_uri(tracking_uri: str) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
-from flowbuffer.logger.active_run import check_server, current_uri
+from flowbuffer.logger.active_run import check_server, current_uri, starts_runs
 from flowbuffer.logger.by_run import all_loggers, logger_of, run_settings
 from flowbuffer.logger.handle import Handle
-from flowbuffer.logger.metric_logger import MetricLogger, starts_runs
+from flowbuffer.logger.metric_logger import MetricLogger
 from flowbuffer.logger.report import Report, Stats
 from flowbuffer.spool.writing.points import Number
 

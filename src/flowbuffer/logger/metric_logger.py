@@ -7,7 +7,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,19 @@ from flowbuffer.clock import SYSTEM_CLOCK, checked_timeout
 from flowbuffer.collector.deliverers import DeliveryHere, delivery_of, last_error, settings_for
 from flowbuffer.forks import in_child
 from flowbuffer.logger import job_end, open_loggers
-from flowbuffer.logger.active_run import find_run, mark_ended, run_id_of, settled_uri
+from flowbuffer.logger.active_run import (
+    find_run,
+    mark_ended,
+    run_id_of,
+    settled_uri,
+    starts_runs,
+)
 from flowbuffer.logger.recorders import Append, Calls, Lenience, around, then
 from flowbuffer.logger.reopening import Reopening
 from flowbuffer.logger.report import Report, Stats
-from flowbuffer.logger.spooling import Spooling
+from flowbuffer.logger.spooling import Spooling, producer_info
 from flowbuffer.notices import warn_without_gil
-from flowbuffer.settings.environment import JobPlace, environment_experiment, environment_job_place
+from flowbuffer.settings.environment import JobPlace, environment_job_place
 from flowbuffer.settings.settings import Settings, settings_with
 from flowbuffer.spool.writing.places import fsync_places
 from flowbuffer.spool.writing.producer import Producer
@@ -231,28 +236,29 @@ class MetricLogger(Reopening):
 
     def _open(self) -> None:
         """Make this process a producer of the run."""
-        settings = self._settings
+        key_of = stored_key_of(self._settings, self._job_place)
         if not self._logs:
             from flowbuffer.logger.passthrough import Silence
 
             self._use(Silence())
-        elif settings.enabled is False:
+        elif self._settings.enabled is False:
             from flowbuffer.logger.passthrough import PassThrough
 
-            self._use(
-                PassThrough(
-                    self._run_id, self._uri, stored_key_of(settings, self._job_place), SYSTEM_CLOCK
-                )
-            )
+            self._use(PassThrough(self._run_id, self._uri, key_of, SYSTEM_CLOCK))
         else:
             warn_without_gil()
             open_loggers.add(self)
+            settings = self._settings
             delivery = delivery_of(settings, self._uri)
             before = self._spooling
             left = None if before is None else before.left
             after, files = (None, None) if left is None else (left.folder, left.files())
             directory = delivery.spool.add_producer(
-                self._this_producer(delivery.environment), after, files
+                producer_info(
+                    self._run_id, self._uri, settings, self._job_place, delivery.environment
+                ),
+                after,
+                files,
             )
             try:
                 producer = Producer(
@@ -261,7 +267,7 @@ class MetricLogger(Reopening):
                     settings,
                     SYSTEM_CLOCK,
                     delivery.push,
-                    stored_key_of(settings, self._job_place),
+                    key_of,
                     weakref.WeakMethod(self._reopening),  # one that is dropped is held by nobody
                 )
                 if left is not None:
@@ -277,23 +283,6 @@ class MetricLogger(Reopening):
                 before.leave()
         self._is_open = True
         job_end.watch(self)
-
-    def _this_producer(self, environment: str) -> Any:
-        from flowbuffer.backends.credentials import without_credentials
-        from flowbuffer.backends.uris import absolute_uri
-        from flowbuffer.spool.producer_info import OFFLINE, this_producer
-
-        settings = self._settings
-        return this_producer(
-            self._run_id,
-            without_credentials(absolute_uri(self._uri)),
-            SYSTEM_CLOCK.now_ns() // 1_000_000,
-            **asdict(self._job_place),
-            delivery=OFFLINE if settings.offline else settings.delivery,
-            settings=settings.of_delivery(),
-            environment=environment,
-            experiment=environment_experiment()[1],
-        )
 
     def _use(self, recorder: Spooling | PassThrough | Silence) -> None:
         if isinstance(recorder, Spooling):
@@ -385,12 +374,6 @@ class MetricLogger(Reopening):
 def stored_key_of(settings: Settings, job_place: JobPlace) -> Callable[[str], str]:
     """Makes the key that is stored from the key that the caller gave."""
     return lambda key: settings.stored_key(key, job_place)
-
-
-def starts_runs(settings: Settings) -> bool:
-    """Whether a logger here starts a run where there is none: not offline, and not on a rank that
-    does not log."""
-    return not settings.offline and settings.logs(environment_job_place().rank)
 
 
 def _unpickled(run_id: str, tracking_uri: str, settings: Settings) -> MetricLogger:

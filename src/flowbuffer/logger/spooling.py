@@ -5,9 +5,13 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flowbuffer.backends.credentials import without_credentials
+from flowbuffer.backends.uris import absolute_uri
+from flowbuffer.clock import SYSTEM_CLOCK
 from flowbuffer.collector.deliverers import Delivery, DeliveryByProcess, NoDelivery
 from flowbuffer.logger import job_end
 from flowbuffer.logger.counts import Ledger, is_over
@@ -15,7 +19,10 @@ from flowbuffer.logger.progress import Progress
 from flowbuffer.logger.report import Report
 from flowbuffer.logger.succession import Inheritance, inheritance
 from flowbuffer.notices import tell, warn_once
+from flowbuffer.settings.environment import JobPlace, environment_experiment
+from flowbuffer.settings.settings import Settings
 from flowbuffer.spool.notes import park, parked_reason
+from flowbuffer.spool.producer_info import OFFLINE, ProducerInfo, this_producer
 from flowbuffer.spool.segment_files import segment_path
 from flowbuffer.spool.waiting import Waiting, want
 from flowbuffer.spool.writing.producer import Producer
@@ -200,3 +207,26 @@ class Spooling:
             )
         finally:
             shown.close()
+
+
+def producer_info(
+    run_id: str, uri: str, settings: Settings, job_place: JobPlace, environment: str
+) -> ProducerInfo:
+    """What a new producer's folder says of it, without credentials.
+
+    Args:
+        run_id, uri: Of the run.
+        settings: Of the logger.
+        job_place: Of this process in its job.
+        environment: Of this process, as its delivery has it.
+    """
+    return this_producer(
+        run_id,
+        without_credentials(absolute_uri(uri)),
+        SYSTEM_CLOCK.now_ns() // 1_000_000,
+        **asdict(job_place),
+        delivery=OFFLINE if settings.offline else settings.delivery,
+        settings=settings.of_delivery(),
+        environment=environment,
+        experiment=environment_experiment()[1],
+    )

@@ -212,6 +212,7 @@ class Stores:
 def _reserve_rest(reserve: Any, buffer: Any) -> list[int]:
     """Reserve what is left of a segment, in one step; the offsets, one or more beyond its end."""
     counter = reserve.__self__
-    reached = int(re.findall(r"\d+", repr(counter))[0])  # or further, by now
+    # A count says where it is by its text alone; others may have taken it further by now.
+    reached = int(re.findall(r"\d+", repr(counter))[0])
     left = max(len(buffer) - reached, 0) // SLOT_SIZE
     return list(itertools.islice(counter, left + 1))
